@@ -1,0 +1,454 @@
+"""One typed configuration: the dataclass `Config` is the YAML file is the command line.
+
+Every field below is a flag of the same name (`prompts_per_step` -> `--prompts-per-step`), the string under it is its
+help text, its type is its validation. A YAML file is nothing but flags written down: its keys are turned into flags
+and read by the same parser, so there is one set of types and one set of errors, and floats such as `1e-6`, which YAML
+1.1 takes for text, are read right.
+
+Later layers win:  dataclass defaults  <  file  <  flags.  The file is
+
+* what `--config FILE` names (repeat it to lay several on top of each other);
+* else, with `--resume`, the config.yaml of the run that is continued;
+* else the preset in configs/ that fits `--ckpt` and the machine.
+
+How to call it:
+
+    config = parse_args(sys.argv[1:])       # ValueError or FileNotFoundError with one clear line
+    config = Config(steps=3, task="gsm8k")  # in Python; call validate(config) if in doubt
+    save_yaml(config, "config.yaml"); config = load_config("config.yaml")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+BUNDLED_CKPT = "countdown-tiny"
+CONFIGS = Path(__file__).resolve().parent / "configs"
+RUNS = Path("runs")
+T = TypeVar("T")
+
+
+@dataclass
+class Config:
+    """Train a language model with GRPO on rewards that can be checked.
+
+    --config FILE reads the same options from YAML (repeatable); flags win over it. Without it a preset from configs/
+    is taken: the bundled model's own, one for a 24 GB GPU, or one for a CPU.
+    """
+
+    # --- model and run
+    ckpt: str = BUNDLED_CKPT
+    """Checkpoint: a folder, the name of one under assets/ or models/, or a Hugging Face repo id."""
+    run_dir: str | None = None
+    """Where everything is written; None: runs/<ckpt>-<task>-<number>."""
+    seed: int = 0
+    """Seed of problems, sampling and initialisation."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model lives; auto takes the GPU where there is one."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the weights on the device; auto is fp32 for tiny models, bf16 for the others."""
+    resume: str | None = None
+    """Continue a run: its folder, one of its checkpoints, or (also when left bare) `latest`."""
+    dry_run: bool = False
+    """Load everything, build the largest possible step, print its memory, write nothing."""
+
+    # --- task and reward
+    task: str = "countdown"
+    """countdown, arithmetic, gsm8k, math, jsonl, reasoning_gym:NAME or path/to/file.py:MyTask."""
+    data: str | None = None
+    """Data file, folder or Hub id; None: the task's generator or its usual data set."""
+    numbers: tuple[int, ...] = (3, 4)
+    """Countdown: how many numbers a problem may have."""
+    min_number: int = 1
+    """Countdown: smallest number."""
+    max_number: int = 99
+    """Countdown: largest number."""
+    num_terms: tuple[int, ...] = (2, 3)
+    """Arithmetic: how many terms a question may have."""
+    num_digits: tuple[int, ...] = (1, 2)
+    """Arithmetic: how many digits a term may have."""
+    prompt_style: Literal["full", "short"] = "full"
+    """Wording of the prompt: full for instruction-tuned models, short for the bundled one."""
+    format_weight: float = 0.1
+    """Weight of the format reward."""
+    answer_weight: float = 1.0
+    """Weight of the answer reward."""
+
+    # --- rollout
+    prompts_per_step: int = 32
+    """Problems a step."""
+    group_size: int = 8
+    """Answers sampled for each problem; they are one another's baseline."""
+    max_new_tokens: int = 1024
+    """Longest answer, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; training scores at the same one."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens only; 0: off. Biases the ratio, like the next two."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability; 1: off."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability; 0: off."""
+
+    # --- loss
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"] = "dapo"
+    """Policy loss and its denominator."""
+    epsilon_low: float = 0.2
+    """Clip the ratio below 1 - epsilon_low."""
+    epsilon_high: float = 0.2
+    """Clip the ratio above 1 + epsilon_high (cispo: cap of the ratio's weight)."""
+    delta: float | None = None
+    """Dual clip: upper bound of the ratio where the advantage is negative; None: off."""
+    sapo_temperature_pos: float = 1.0
+    """SAPO: temperature of the soft gate where the advantage is positive."""
+    sapo_temperature_neg: float = 1.05
+    """SAPO: temperature of the soft gate where the advantage is negative."""
+    advantage_estimator: Literal["group_mean", "rloo", "reinforce_pp"] = "group_mean"
+    """Baseline: mean of the group, mean of the others, or REINFORCE++."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the group's deviation, the batch's, or nothing."""
+    mask_truncated: bool = False
+    """Leave answers that were cut at max_new_tokens out of the loss."""
+    drop_zero_variance: bool = False
+    """Leave groups whose rewards are all equal out of the update."""
+    importance_correction: Literal["none", "truncate_token", "mask_token", "truncate_sequence", "mask_sequence"] = (
+        "none"
+    )
+    """Correct for the sampler's and the trainer's log-probabilities differing."""
+    importance_cap: float = 2.0
+    """Largest importance weight that correction lets through."""
+
+    # --- divergence and entropy
+    beta: float = 0.0
+    """Weight of the divergence term; 0: no reference model is loaded."""
+    kl: Literal["k1", "k2", "k3", "kl", "approx_kl", "ot"] = "k3"
+    """Estimator of the divergence; kl, approx_kl and ot always compare with the rollout policy."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the divergence goes."""
+    kl_against: Literal["reference", "rollout"] = "reference"
+    """Which policy k1, k2 and k3 compare with."""
+    kl_target: float = 0.0
+    """kl: divergence per token below this is free."""
+    ot_target: float = 0.0
+    """ot: transport cost of an answer below this is free."""
+    ot_window: int = 8
+    """ot: tokens may be moved this many positions."""
+    ot_regularization: float = 0.1
+    """ot: entropic regularisation of the Sinkhorn iteration."""
+    ot_iterations: int = 5
+    """ot: Sinkhorn iterations."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy term; positive values keep the policy random."""
+
+    # --- update
+    updates_per_rollout: int = 1
+    """Optimizer steps on one rollout, with the stored log-probabilities as the old policy."""
+    micro_batch_tokens: int = 16384
+    """Most tokens in one forward and backward pass; changes memory, not the gradient."""
+    shared_prefix: bool = True
+    """Compute a group's prompt once; off is the plain padded batch, its slow twin."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    # --- optimizer
+    lr: float = 1e-6
+    """Learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
+    min_lr_ratio: float = 0.0
+    """Where cosine ends, as a share of lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW: decay of the first and the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """AdamW: decoupled weight decay."""
+    amsgrad: bool = False
+    """AdamW: divide by the largest second moment so far."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    cpu_optimizer: bool = True
+    """Keep fp32 masters and moments on the CPU; off is plain AdamW on the device."""
+
+    # --- low-rank adapters
+    lora_rank: int = 0
+    """Rank of the adapters; 0: train all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the layers that get adapters."""
+
+    # --- length of the run, evaluation, files
+    steps: int = 100
+    """Rollouts to train on."""
+    eval_every: int = 20
+    """Steps between evaluations, besides before step 1 and after the last; 0: only those two."""
+    eval_problems: int = 128
+    """Held-out problems of an evaluation; 0: no evaluation."""
+    eval_samples: int = 1
+    """Answers a problem at `temperature` in an evaluation, besides the greedy one; 0: greedy only."""
+    save_every: int = 50
+    """Steps between checkpoints, besides the last; 0: only the last."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept, besides the best."""
+    log_samples: float = 1.0
+    """Share of the rollouts written to samples.jsonl."""
+
+
+# --- the command line and YAML
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Read a command line (without the program's name), over the YAML files below it.
+
+    Raises ValueError (unknown or wrong option) or FileNotFoundError (a file that is not there), each with one line.
+    Exits with code 0 after printing the help when asked for it.
+    """
+    argv = _normalise(argv)
+    config = Config()
+    for file in config_files(argv):
+        config = parse_flags(Config, yaml_flags(file), default=config, source=str(file))
+    given, flags = take_flag(argv, "--config")
+    resume = _last(flags, "--resume")
+    if resume and not given and not _last(flags, "--run-dir"):
+        config.run_dir = str(resumed_run(resume, None))  # not the file's: the folder may have been moved
+    config = parse_flags(Config, flags, default=config)
+    if config.resume == "latest" and config.run_dir is None:
+        config.run_dir = str(resumed_run("latest", None))
+    validate(config)
+    return config
+
+
+def config_files(argv: list[str]) -> list[Path]:
+    """The YAML files that lie under a command line's flags, lowest first; the rule is in the module docstring."""
+    files, flags = take_flag(_normalise(argv), "--config")
+    if files:
+        return [Path(file) for file in files]
+    if resume := _last(flags, "--resume"):
+        return [resumed_run(resume, _last(flags, "--run-dir")) / "config.yaml"]
+    return [preset_for(_last(flags, "--ckpt") or Config.ckpt, _last(flags, "--device") or Config.device)]
+
+
+def preset_for(ckpt: str, device: str = "auto") -> Path:
+    """The preset in configs/ that fits a checkpoint and a device."""
+    if Path(ckpt).name == BUNDLED_CKPT:
+        return CONFIGS / "countdown-tiny.yaml"
+    if device == "auto":
+        import torch  # only here: --help and the bundled model need not wait for it
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return CONFIGS / ("qwen2.5-0.5b.yaml" if device == "cuda" else "cpu.yaml")
+
+
+def resumed_run(resume: str, run_dir: str | None) -> Path:
+    """The run folder that `--resume` means: named, holding the named checkpoint, or the newest under runs/."""
+    if resume != "latest":
+        folder = Path(resume)
+        run = folder.parent.parent if folder.resolve().parent.name == "checkpoints" else folder
+    elif run_dir:
+        run = Path(run_dir)
+    else:
+        found = sorted(RUNS.glob("*/checkpoints/latest"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise FileNotFoundError(f"--resume: no run with a checkpoint under {RUNS}/; name one: --resume RUN_FOLDER")
+        run = found[-1].parent.parent
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"--resume: {run} is no run folder, it has no config.yaml")
+    return run
+
+
+def parse_flags(schema: type[T], argv: list[str], default: T | None = None, source: str = "command line") -> T:
+    """Read flags into any dataclass whose fields are the flags, over the values of `default`.
+
+    The other programs use it for their own options. Raises ValueError with one line that begins with `source`.
+    """
+    error = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(error):
+            config, unknown = tyro.cli(schema, args=argv, default=default or schema(), return_unknown_args=True)
+    except SystemExit as exit:
+        if exit.code in (0, None):  # --help
+            raise
+        raise ValueError(f"{source}: {_one_line(error.getvalue())}") from None
+    if unknown:
+        known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(schema)]
+        raise ValueError(f"{source}: {_unknown(unknown[0], known)}")
+    return config
+
+
+def yaml_flags(path: str | Path) -> list[str]:
+    """A YAML file as the flags it stands for, in its order."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines of `name: value`, found {type(values).__name__}")
+    hints = get_type_hints(Config)
+    flags: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise ValueError(f"{path}: {_unknown(str(key), list(hints))}")
+        flags += _as_flag(path, name, value, hints[name])
+    return flags
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML file over the dataclass defaults."""
+    config = parse_flags(Config, yaml_flags(path), source=str(path))
+    validate(config)
+    return config
+
+
+def save_yaml(config: Config, path: str | Path) -> None:
+    """Write every field, so that `load_config` gives an equal Config, floats to the last bit."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def new_run_dir(config: Config) -> Path:
+    """The folder this run will write to; where none is named, the first free runs/<ckpt>-<task>-<number>."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(config.ckpt).name}-{config.task}")
+    taken = [int(p.name[len(name) + 1 :]) for p in RUNS.glob(f"{name}-*") if p.name[len(name) + 1 :].isdecimal()]
+    return RUNS / f"{name}-{max(taken, default=0) + 1:03d}"
+
+
+def validate(config: Config) -> None:
+    """Refuse what cannot work, before a minute is spent: ValueError with one line."""
+    for field in dataclasses.fields(config):
+        values = getattr(config, field.name)
+        for value in values if isinstance(values, tuple) else (values,):
+            low, high = _RANGES.get(field.name, (-math.inf, math.inf))
+            if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+                wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise ValueError(f"{_flag(field.name)} {value:g}: expected a number {wanted}")
+    for name in _ABOVE_ZERO:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{_flag(name)} {getattr(config, name):g}: expected a number above 0")
+    for message, wrong in _conflicts(config).items():
+        if wrong:
+            raise ValueError(message)
+
+
+_ABOVE_ZERO = ("temperature", "top_p", "epsilon_high", "lr", "eps", "max_grad_norm", "importance_cap", "lora_alpha")
+_ABOVE_ZERO += ("ot_regularization", "sapo_temperature_pos", "sapo_temperature_neg")
+_COUNTS = ("prompts_per_step", "group_size", "max_new_tokens", "updates_per_rollout", "micro_batch_tokens", "steps")
+_COUNTS += ("keep_checkpoints", "num_terms", "num_digits", "ot_iterations", "numbers")
+_NOT_NEGATIVE = ("seed", "eval_every", "eval_problems", "eval_samples", "save_every", "warmup_steps", "lora_rank")
+_NOT_NEGATIVE += ("top_k", "beta", "kl_target", "ot_target", "ot_window", "weight_decay", "min_number", *_ABOVE_ZERO)
+_SHARES = ("top_p", "min_p", "epsilon_low", "min_lr_ratio", "log_samples", "betas", "lora_dropout")
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_COUNTS, (1, math.inf)),
+    **dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)),
+    **dict.fromkeys(_SHARES, (0, 1)),
+}
+
+
+def _conflicts(c: Config) -> dict[str, bool]:
+    """Each sentence with whether it applies."""
+    return {
+        "--ckpt is empty: expected a folder, a name or a repo id": not c.ckpt.strip(),
+        "--group-size 1: a group of one has no baseline, its advantage is always 0; take at least 2": c.group_size == 1,
+        "--numbers is empty: expected how many numbers a problem has, such as --numbers 3 4": not c.numbers,
+        "--num-terms and --num-digits need at least one number each": not (c.num_terms and c.num_digits),
+        f"--max-number {c.max_number} is below --min-number {c.min_number}": c.max_number < c.min_number,
+        f"--betas {c.betas[0]:g} {c.betas[1]:g}: both must be below 1": max(c.betas) == 1,
+        "--lora-dropout 1 would drop everything: expected less than 1": c.lora_dropout == 1,
+        "--lora-targets is empty: name the layers that get adapters": c.lora_rank > 0 and not c.lora_targets,
+        f"--delta {c.delta}: the dual clip must lie above 1 + epsilon_high, {1 + c.epsilon_high:g}": (
+            c.delta is not None and c.delta <= 1 + c.epsilon_high
+        ),
+        f"--delta does not go with --loss-type {c.loss_type}, which does not clip from both sides": (
+            c.delta is not None and c.loss_type in ("cispo", "sapo")
+        ),
+        f"--kl {c.kl} needs a gradient through the policy: --kl-in reward takes k1, k2 or k3": (
+            c.kl_in == "reward" and c.kl in ("kl", "approx_kl", "ot")
+        ),
+        f"--warmup-steps {c.warmup_steps} is longer than the run, --steps {c.steps}": c.warmup_steps > c.steps,
+    }
+
+
+def take_flag(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Split every `flag VALUE` and `flag=VALUE` out of a command line: (values, what is left)."""
+    values, rest, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith(flag + "="):
+            values.append(word[len(flag) + 1 :])
+        elif word != flag:
+            rest.append(word)
+        elif (value := next(words, None)) is None or value.startswith("--"):
+            raise ValueError(f"{flag} needs a value")
+        else:
+            values.append(value)
+    return values, rest
+
+
+def _last(argv: list[str], flag: str) -> str | None:
+    return next(reversed(take_flag(argv, flag)[0]), None)
+
+
+def _normalise(argv: list[str]) -> list[str]:
+    """Write `--run_dir` as `--run-dir`, and a bare `--resume` as `--resume=latest`."""
+    words: list[str] = []
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            word = name.replace("_", "-") + equals + value
+        bare = i + 1 == len(argv) or argv[i + 1].startswith("--")
+        words.append("--resume=latest" if word == "--resume" and bare else word)
+    return words
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _as_flag(path: Path, name: str, value: Any, hint: Any) -> list[str]:
+    """One YAML entry as a flag: a switch, one value, or a list of values."""
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {name}: expected true or false, found {value!r}")
+        return [_flag(name) if value else "--no-" + _flag(name)[2:]]
+    several = str(hint).startswith("tuple")
+    words = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != several or any(isinstance(word, (list, dict, bool)) for word in words):
+        raise ValueError(f"{path}: {name}: expected {'a list of values' if several else 'one value'}, found {value!r}")
+    return [_flag(name), *map(str, words)] if several else [f"{_flag(name)}={value}"]
+
+
+def _unknown(word: str, known: list[str]) -> str:
+    """The sentence for a name that is not known."""
+    if word.startswith("-") != known[0].startswith("-"):
+        return f"unexpected argument {word!r}"
+    word = word.partition("=")[0]
+    near = difflib.get_close_matches(word.replace("_", "-" if word.startswith("-") else "_"), known, n=1, cutoff=0)
+    return f"unknown option {word}; the nearest known one is {near[0]} (python train.py --help lists all)"
+
+
+def _one_line(box: str) -> str:
+    """The sentence inside the box that tyro draws around an error: what stands above its first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    body = [line for line in lines if not line.startswith("╭")]
+    end = next((i for i, line in enumerate(body) if line.startswith(("──", "╰"))), len(body))
+    return " ".join(" ".join(body[:end]).split())
