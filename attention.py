@@ -1,0 +1,464 @@
+"""Who may look at whom: the one place where tokens meet.
+
+The model runs on flat token rows [N, D] and is handed one of the strategies below, a callable
+
+    attend(layer, q_NHK, k_NGK, v_NGK) -> o_NHK
+
+so that one forward pass serves training, prefill and decoding. A `Layout` says which rows form a sequence and
+which earlier rows (the shared prompt of a GRPO group) stand before it; positions and masks follow from it.
+
+    EagerAttention     softmax(q k^T / sqrt(K) + mask) v, written out; can record its weights. The slow twin of the rest
+    PackedAttention    training: causal sequences, each behind its (shared) prefix, without padding
+    PrefillAttention   the same over prompts, and keeps their keys and values
+    KVCache.attend     textbook decoding: every row owns its keys and values; chunks of any size
+    GroupCache.attend  the fast one: a group reads its prompt's keys once, and all rows decode in lockstep
+
+Departure from the textbook: a response never meets a mask. Its attention over the prompt (everything visible) and
+over itself (causal) are computed apart and merged by their log-sum-exp, which is exact (Dao et al. 2022,
+"FlashAttention", section 3.1; Juravsky et al. 2024, "Hydragen").
+
+Shape letters: N flat tokens, B rows of a batch, T time, S keys, H query heads, G key-value heads, R = H / G, K head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows [start, start + length) are one causal sequence; rows [prefix_start, + prefix_length) stand before it."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+    @property
+    def prefix_rows(self) -> slice:
+        return slice(self.prefix_start, self.prefix_start + self.prefix_length)
+
+
+class Layout:
+    """How flat token rows form sequences.
+
+    `Layout.causal([5, 3])` is two sequences end to end. `Layout.shared_prefix([4], [[2, 3]])` is a prompt of 4 rows
+    followed by its responses of 2 and 3 rows, each of which sees the prompt and itself, and not its sibling.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = list(runs)
+        self.n_rows = sum(run.length for run in self.runs)
+
+    @classmethod
+    def causal(cls, lengths: Sequence[int]) -> Layout:
+        return cls.shared_prefix(lengths, [[] for _ in lengths])
+
+    @classmethod
+    def shared_prefix(cls, prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]]) -> Layout:
+        runs, start = [], 0
+        for prompt_length, lengths in zip(prompt_lengths, response_lengths, strict=True):
+            prompt = Run(start, prompt_length)
+            runs.append(prompt)
+            start += prompt_length
+            for length in lengths:
+                runs.append(Run(start, length, prompt.start, prompt.length))
+                start += length
+        return cls(runs)
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """[N] position of each row in its own text: a response goes on counting where its prompt stopped."""
+        runs = [torch.arange(r.prefix_length, r.prefix_length + r.length) for r in self.runs]
+        return torch.cat(runs).to(device)
+
+    def mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """[N, N] bool, True where row i may look at row j. Quadratic: for the eager reference only."""
+        mask = torch.zeros(self.n_rows, self.n_rows, dtype=torch.bool)
+        for run in self.runs:
+            mask[run.rows, run.rows] = torch.ones(run.length, run.length, dtype=torch.bool).tril()
+            mask[run.rows, run.prefix_rows] = True
+        return mask.to(device)
+
+
+class EagerAttention:
+    """Attention as in the paper (Vaswani et al. 2017, eq. 1), fp32 softmax, quadratic memory.
+
+    With `record=True` the weights of each layer are kept in `weights[layer]`, [H, N, N].
+    """
+
+    def __init__(self, mask: Tensor, record: bool = False):
+        self.mask, self.record = mask, record
+        self.weights: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [N, G, K] -> [N, H, K]
+        scores = torch.einsum("ihk,jhk->hij", q.float(), k.float()) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~self.mask, -torch.inf).softmax(dim=-1)
+        weights = weights.masked_fill(~self.mask.any(dim=-1, keepdim=True), 0.0)  # a row that sees nothing: 0, not NaN
+        if self.record:
+            self.weights[layer] = weights.detach()
+        return torch.einsum("hij,jhk->ihk", weights, v.float()).to(q.dtype)
+
+
+class PackedAttention:
+    """Causal attention of a `Layout` through fused kernels; differentiable.
+
+    On the CPU: torch's flash kernel, once for the causal part of sequences of similar length and once for what each
+    group sees of its prompt. On CUDA: one variable-length call a layer. Elsewhere: scaled_dot_product_attention a run.
+    """
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.rectangles = _rectangles([r for r in layout.runs if r.length])
+        self.prefixed = _prefix_spans(layout)
+        self._index: dict[torch.device, tuple] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            return _PackedFlashCPU.apply(q, k, v, self.rectangles, self.prefixed)
+        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+            return self._varlen(q, k, v)
+        return attend_each_run(self.layout, q, k, v)
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One call for all runs: keys are gathered as [prefix, own], and the causal mask is aligned at the bottom right."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if q.device not in self._index:
+            self._index[q.device] = _varlen_index(self.layout, q.device)
+        rows, cu_q, cu_k, max_q, max_k = self._index[q.device]
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[rows].repeat_interleave(group, dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+
+
+def attend_each_run(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The obvious way on any device: one scaled_dot_product_attention a run, with a mask where a prefix stands before it."""
+    out = []
+    for run in layout.runs:
+        mask = torch.ones(run.length, run.prefix_length + run.length, dtype=torch.bool, device=q.device)
+        keys, values = (torch.cat([x[run.prefix_rows], x[run.rows]]) for x in (k, v))
+        out.append(_sdpa(q[run.rows], keys, values, mask.tril(run.prefix_length)))
+    return torch.cat(out)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """[T, H, K], [S, G, K], [S, G, K], [T, S] -> [T, H, K]"""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], enable_gqa=True)[0].transpose(0, 1)
+
+
+def _varlen_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Rows of the gathered keys, cumulative lengths of queries and keys, and the longest of each."""
+    runs = layout.runs
+    rows = [torch.arange(s.start, s.stop) for r in runs for s in (r.prefix_rows, r.rows)]
+    len_q, len_k = [r.length for r in runs], [r.prefix_length + r.length for r in runs]
+    cu_q, cu_k = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(torch.int32) for n in (len_q, len_k))
+    return torch.cat(rows).to(device), cu_q.to(device), cu_k.to(device), max(len_q), max(len_k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU path
+
+
+def _rectangles(runs: Sequence[Run], slack: float = 1.25) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Runs of similar length as padded rectangles [B, T].
+
+    Padding stands at the end, where causal attention never looks back from a real row, so no mask is needed.
+    Each rectangle is (row index [B, T], flat positions inside it that are real [M], the rows they belong to [M]).
+    """
+    rectangles, batch = [], []
+    for run in sorted(runs, key=lambda r: r.length):
+        if batch and run.length > slack * batch[0].length + 4:
+            rectangles.append(_rectangle(batch))
+            batch = []
+        batch.append(run)
+    return [*rectangles, _rectangle(batch)] if batch else rectangles
+
+
+def _rectangle(runs: Sequence[Run]) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = torch.arange(max(r.length for r in runs))
+    starts, lengths = torch.tensor([r.start for r in runs])[:, None], torch.tensor([r.length for r in runs])[:, None]
+    rows, real = starts + offsets.clamp(max=lengths - 1), offsets < lengths
+    return rows, real.flatten().nonzero()[:, 0], rows[real]
+
+
+def _prefix_spans(layout: Layout) -> list[tuple[slice, slice]]:
+    """(rows of consecutive runs that share a prefix, rows of that prefix)."""
+    spans: list[tuple[slice, slice]] = []
+    for run in layout.runs:
+        if not run.prefix_length or not run.length:
+            continue
+        if spans and spans[-1][1] == run.prefix_rows and spans[-1][0].stop == run.start:
+            spans[-1] = (slice(spans[-1][0].start, run.rows.stop), run.prefix_rows)
+        else:
+            spans.append((run.rows, run.prefix_rows))
+    return spans
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+
+
+def attend_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[B, H, T, K] x [B, H, S, K] -> output [B, H, T, K] and the log-sum-exp of the scores [B, H, T] (fp32).
+
+    `mask` is additive, [B, 1, 1, S].
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float64:
+        return _flash(q, k, v, causal=False, mask=None if mask is None else mask.expand(-1, -1, q.shape[2], -1))
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    scores = scores if mask is None else scores + mask
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal)
+
+
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint key sets from the attention over each: [..., K] and [...] -> the same, fp32."""
+    lse = torch.logaddexp(lse1, lse2)
+    w1, w2 = (lse1 - lse).exp()[..., None], (lse2 - lse).exp()[..., None]
+    return w1 * o1.float() + w2 * o2.float(), lse
+
+
+class _PackedFlashCPU(torch.autograd.Function):
+    """Flash attention of causal rectangles plus the shared prefixes, merged.
+
+    The backward of each part needs only the merged output and log-sum-exp: dS_ij = P_ij (dP_ij - dO_i . O_i) with
+    P_ij = exp(S_ij - lse_i), so the kernel's own backward is called part by part and the gradients add up.
+    """
+
+    @staticmethod
+    def forward(ctx, q_NHK, k_NGK, v_NGK, rectangles, prefixed):
+        o = torch.empty_like(q_NHK)
+        lse = torch.empty(q_NHK.shape[:2], dtype=torch.float32)  # [N, H]
+        for rows, real, flat in rectangles:
+            o_BHTK, lse_BHT = _flash(*_gather(q_NHK, k_NGK, v_NGK, rows), causal=True)
+            o[flat] = o_BHTK.transpose(1, 2).flatten(0, 1)[real]
+            lse[flat] = lse_BHT.transpose(1, 2).flatten(0, 1)[real]
+        for span, prefix in prefixed:
+            q, k, v = (
+                _stack_heads(q_NHK[span], k_NGK.shape[1]),
+                _heads_first(k_NGK[prefix]),
+                _heads_first(v_NGK[prefix]),
+            )
+            o_prefix, lse_prefix = _flash(q, k, v, causal=False)
+            o_prefix, lse_prefix = (
+                _unstack_heads(o_prefix, q_NHK[span]),
+                _unstack_heads(lse_prefix[..., None], lse[span][..., None]),
+            )
+            merged, lse[span] = merge_attention(o[span], lse[span], o_prefix, lse_prefix[..., 0])
+            o[span] = merged.to(o.dtype)
+        ctx.save_for_backward(q_NHK, k_NGK, v_NGK, o, lse)
+        ctx.rectangles, ctx.prefixed = rectangles, prefixed
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q_NHK, k_NGK, v_NGK, o, lse = ctx.saved_tensors
+        n_kv, group = k_NGK.shape[1], q_NHK.shape[1] // k_NGK.shape[1]
+        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q_NHK, k_NGK, v_NGK))
+        for rows, real, flat in ctx.rectangles:
+            do_rect = torch.zeros(rows.numel(), *do.shape[1:], dtype=do.dtype)  # padding rows send no gradient back
+            do_rect[real] = do[flat]
+            do_rect = do_rect.view(*rows.shape, *do.shape[1:]).transpose(1, 2)
+            o_rect, lse_rect = o[rows].transpose(1, 2), lse[rows].transpose(1, 2).contiguous()
+            grads = _flash_backward(do_rect, *_gather(q_NHK, k_NGK, v_NGK, rows), o_rect, lse_rect, True)
+            gq, gk, gv = (g.transpose(1, 2).flatten(0, 1)[real] for g in grads)  # [M, H, K]
+            dq[flat] = gq.float()
+            dk[flat] = gk.float().unflatten(1, (n_kv, group)).sum(2)
+            dv[flat] = gv.float().unflatten(1, (n_kv, group)).sum(2)
+        for span, prefix in ctx.prefixed:
+            q, do_, o_ = (_stack_heads(x[span], n_kv) for x in (q_NHK, do, o))
+            lse_ = _stack_heads(lse[span][..., None], n_kv)[..., 0]
+            gq, gk, gv = _flash_backward(
+                do_, q, _heads_first(k_NGK[prefix]), _heads_first(v_NGK[prefix]), o_, lse_, False
+            )
+            dq[span] += _unstack_heads(gq, q_NHK[span])
+            dk[prefix] += gk[0].transpose(0, 1)
+            dv[prefix] += gv[0].transpose(0, 1)
+        return dq.to(q_NHK.dtype), dk.to(k_NGK.dtype), dv.to(v_NGK.dtype), None, None
+
+
+def _gather(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [B, T] of q, k, v as [B, H, T, K]; each key head is repeated for the query heads that share it."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x[rows].repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+    return q[rows].transpose(1, 2), k, v
+
+
+def _heads_first(x_SGK: Tensor) -> Tensor:
+    return x_SGK.transpose(0, 1)[None]  # [S, G, K] -> [1, G, S, K]
+
+
+def _stack_heads(x_MHK: Tensor, n_kv: int) -> Tensor:
+    """The query heads that share a key head become more queries of it: [M, H, K] -> [1, G, M * R, K]."""
+    return x_MHK.unflatten(1, (n_kv, -1)).transpose(0, 1).flatten(1, 2)[None]
+
+
+def _unstack_heads(x: Tensor, like_MHK: Tensor) -> Tensor:
+    return x[0].unflatten(1, (like_MHK.shape[0], -1)).transpose(0, 1).reshape(like_MHK.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding with a cache
+
+
+class PrefillAttention:
+    """Causal attention over packed prompts that keeps every layer's keys and values, [N, G, K], for a cache."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = list(lengths)
+        self.attend = PackedAttention(Layout.causal(lengths))
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys.append(k)
+        self.values.append(v)
+        return self.attend(layer, q, k, v)
+
+    def padded(self, flat: list[Tensor], size: int) -> Tensor:
+        """Keys or values of all layers as [L, B, G, size, K], zeros behind each prompt."""
+        offsets = torch.arange(size)
+        lengths = torch.tensor(self.lengths)[:, None]
+        starts = lengths.cumsum(0) - lengths
+        real = (offsets < lengths).to(flat[0].device)
+        rows = (starts + offsets.clamp(max=lengths - 1)).to(flat[0].device)  # [B, size]
+        layers = [(x[rows] * real[:, :, None, None]).transpose(1, 2) for x in flat]
+        return torch.stack(layers)
+
+
+class KVCache:
+    """Static keys and values of B rows: room for S tokens each, filled from the left.
+
+    Contract: the first `lengths[b]` tokens of row b are valid; what stands behind them is masked, never read.
+    Attention writes the new tokens of every layer at `lengths`; the caller moves on once all layers ran (`advance`).
+    """
+
+    def __init__(
+        self, layers: int, rows: int, size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device="cpu"
+    ):
+        shape = (layers, rows, kv_heads, size, head_dim)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    @classmethod
+    def from_prefill(cls, prefill: PrefillAttention, copies: int, room: int) -> KVCache:
+        """A cache whose rows are `copies` of each prompt, one after the other, with room for `room` more tokens."""
+        k = prefill.keys[0]
+        size = max(prefill.lengths) + room
+        cache = cls(len(prefill.keys), 0, size, k.shape[1], k.shape[2], k.dtype, k.device)
+        cache.k = prefill.padded(prefill.keys, size).repeat_interleave(copies, dim=1)
+        cache.v = prefill.padded(prefill.values, size).repeat_interleave(copies, dim=1)
+        cache.lengths = torch.tensor(prefill.lengths, device=k.device).repeat_interleave(copies)
+        return cache
+
+    @property
+    def size(self) -> int:
+        return self.k.shape[3]
+
+    def positions(self, new_tokens: int = 1) -> Tensor:
+        """[B, T] positions of the next tokens."""
+        return self.lengths[:, None] + torch.arange(new_tokens, device=self.lengths.device)
+
+    def advance(self, new_tokens: int = 1) -> None:
+        self.lengths = self.lengths + new_tokens
+
+    def keep(self, rows: Tensor) -> None:
+        """Let finished rows leave the batch."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each of B rows brings a chunk of T tokens, flat [B * T]; they see the row's cache and, causally, themselves."""
+        q, k, v = (x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) for x in (q, k, v))  # -> [B, H, T, K]
+        at = self.positions(q.shape[2])  # [B, T]
+        index = at[:, None, :, None].expand_as(k)
+        keys, values = self.k[layer].scatter_(2, index, k), self.v[layer].scatter_(2, index, v)
+        # scaled_dot_product_attention's is_causal is aligned top-left and would hide the cache: the mask is made here.
+        mask = torch.arange(self.size, device=q.device) <= at[:, None, :, None]  # [B, 1, T, S]
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        return o.transpose(1, 2).flatten(0, 1)  # [B, H, T, K] -> [B * T, H, K]
+
+
+class GroupCache:
+    """The cache of rollouts: a prompt's keys and values once a group, each row's own ones beside them.
+
+    All rows are in lockstep (`length` own tokens each), one new token a call. Attention over the prompt is one
+    matrix product for the whole group, which reads the prompt's keys once instead of once a row.
+    """
+
+    def __init__(self, prefill: PrefillAttention, copies: int, room: int):
+        k = prefill.keys[0]
+        size, device = max(prefill.lengths), k.device
+        self.prompt_k, self.prompt_v = prefill.padded(prefill.keys, size), prefill.padded(prefill.values, size)
+        self.prompt_lengths = torch.tensor(prefill.lengths, device=device)
+        shape = (len(prefill.keys), copies * len(prefill.lengths), k.shape[1], room, k.shape[2])
+        self.k, self.v = (
+            torch.zeros(shape, dtype=k.dtype, device=device),
+            torch.zeros(shape, dtype=k.dtype, device=device),
+        )
+        self.length = 0
+        self.prompt_of_row = torch.arange(len(prefill.lengths), device=device).repeat_interleave(copies)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Rows find their place in a rectangle [prompts, slots]; an empty slot repeats row 0 and is thrown away."""
+        counts = torch.bincount(self.prompt_of_row, minlength=len(self.prompt_lengths))
+        slots = int(counts.max())
+        column = (
+            torch.arange(len(self.prompt_of_row), device=counts.device)
+            - (counts.cumsum(0) - counts)[self.prompt_of_row]
+        )
+        self.slot_of_row = self.prompt_of_row * slots + column
+        self.row_of_slot = torch.zeros(len(counts) * slots, dtype=torch.long, device=counts.device)
+        self.row_of_slot[self.slot_of_row] = torch.arange(len(column), device=counts.device)
+        hidden = torch.arange(self.prompt_k.shape[3], device=counts.device) >= self.prompt_lengths[:, None]
+        self.prompt_mask = None  # additive, [prompts, 1, 1, P]; None where no prompt is padded
+        if hidden.any():
+            zeros = torch.zeros(hidden.shape, dtype=self.k.dtype, device=hidden.device)
+            self.prompt_mask = zeros.masked_fill(hidden, -torch.inf)[:, None, None]
+
+    def positions(self) -> Tensor:
+        return (self.prompt_lengths[self.prompt_of_row] + self.length)[:, None]  # [N, 1]
+
+    def advance(self) -> None:
+        self.length += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Let finished rows leave the batch, and prompts that have none left."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        if len(prompts) < len(self.prompt_lengths):
+            self.prompt_k, self.prompt_v = self.prompt_k[:, prompts], self.prompt_v[:, prompts]
+            self.prompt_lengths = self.prompt_lengths[prompts]
+        self._lay_out()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[N, H, K], one token a row."""
+        n_kv, stop = k.shape[1], self.length + 1
+        self.k[layer, :, :, self.length], self.v[layer, :, :, self.length] = k, v
+        q = q.unflatten(1, (n_kv, -1))  # [N, G, R, K]: heads that share a key head are queries of it
+        own = attend_lse(q, self.k[layer, :, :, :stop], self.v[layer, :, :, :stop])
+        q = (
+            q[self.row_of_slot].unflatten(0, (len(self.prompt_lengths), -1)).transpose(1, 2)
+        )  # [prompts, G, slots, R, K]
+        slots = q.shape[2]
+        shared = attend_lse(q.flatten(2, 3), self.prompt_k[layer], self.prompt_v[layer], self.prompt_mask)
+        shared = [x.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)[self.slot_of_row] for x in shared]
+        return merge_attention(*own, *shared)[0].flatten(1, 2).to(k.dtype)
