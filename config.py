@@ -1,9 +1,7 @@
 """One typed configuration: the dataclass `Config` is the YAML file is the command line.
 
 Every field below is a flag of the same name (`prompts_per_step` -> `--prompts-per-step`), the string under it is its
-help text, its type is its validation. A YAML file is nothing but flags written down: its keys are turned into flags
-and read by the same parser, so there is one set of types and one set of errors, and floats such as `1e-6`, which YAML
-1.1 takes for text, are read right.
+help text, its type is its validation. YAML files are flags written down, see flags.py.
 
 Later layers win:  dataclass defaults  <  file  <  flags.  The file is
 
@@ -14,29 +12,26 @@ Later layers win:  dataclass defaults  <  file  <  flags.  The file is
 How to call it:
 
     config = parse_args(sys.argv[1:])       # ValueError or FileNotFoundError with one clear line
-    config = Config(steps=3, task="gsm8k")  # in Python; call validate(config) if in doubt
+    config = Config(steps=3, task="gsm8k")  # in Python; validate(config) if in doubt
     save_yaml(config, "config.yaml"); config = load_config("config.yaml")
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Literal
 
-import tyro
 import yaml
+
+from flags import flag_name, normalise, parse_flags, take_flag, yaml_flags
 
 BUNDLED_CKPT = "countdown-tiny"
 CONFIGS = Path(__file__).resolve().parent / "configs"
 RUNS = Path("runs")
-T = TypeVar("T")
 
 
 @dataclass
@@ -210,38 +205,38 @@ class Config:
     """Share of the rollouts written to samples.jsonl."""
 
 
-# --- the command line and YAML
+# --- from the command line and from files
 
 
 def parse_args(argv: list[str]) -> Config:
-    """Read a command line (without the program's name), over the YAML files below it.
+    """Read a command line (without the program's name) over the YAML files that lie under it.
 
     Raises ValueError (unknown or wrong option) or FileNotFoundError (a file that is not there), each with one line.
-    Exits with code 0 after printing the help when asked for it.
+    `--help` prints and exits with code 0.
     """
-    argv = _normalise(argv)
+    argv = normalise(argv, bare={"--resume": "latest"})
+    files = config_files(argv)
     config = Config()
-    for file in config_files(argv):
-        config = parse_flags(Config, yaml_flags(file), default=config, source=str(file))
-    given, flags = take_flag(argv, "--config")
-    resume = _last(flags, "--resume")
-    if resume and not given and not _last(flags, "--run-dir"):
-        config.run_dir = str(resumed_run(resume, None))  # not the file's: the folder may have been moved
-    config = parse_flags(Config, flags, default=config)
+    for file in files:
+        config = parse_flags(Config, yaml_flags(file, Config), default=config, source=str(file))
+    named, argv = take_flag(argv, "--config")
+    if not named and _last(argv, "--resume"):
+        config.run_dir = str(files[0].parent)  # not what the file says: the folder may have been moved since
+    config = parse_flags(Config, argv, default=config)
     if config.resume == "latest" and config.run_dir is None:
-        config.run_dir = str(resumed_run("latest", None))
+        config.run_dir = str(resumed_run("latest"))
     validate(config)
     return config
 
 
 def config_files(argv: list[str]) -> list[Path]:
     """The YAML files that lie under a command line's flags, lowest first; the rule is in the module docstring."""
-    files, flags = take_flag(_normalise(argv), "--config")
-    if files:
-        return [Path(file) for file in files]
-    if resume := _last(flags, "--resume"):
-        return [resumed_run(resume, _last(flags, "--run-dir")) / "config.yaml"]
-    return [preset_for(_last(flags, "--ckpt") or Config.ckpt, _last(flags, "--device") or Config.device)]
+    named, argv = take_flag(normalise(argv, bare={"--resume": "latest"}), "--config")
+    if named:
+        return [Path(file) for file in named]
+    if resume := _last(argv, "--resume"):
+        return [resumed_run(resume, _last(argv, "--run-dir")) / "config.yaml"]
+    return [preset_for(_last(argv, "--ckpt") or Config.ckpt, _last(argv, "--device") or Config.device)]
 
 
 def preset_for(ckpt: str, device: str = "auto") -> Path:
@@ -255,11 +250,12 @@ def preset_for(ckpt: str, device: str = "auto") -> Path:
     return CONFIGS / ("qwen2.5-0.5b.yaml" if device == "cuda" else "cpu.yaml")
 
 
-def resumed_run(resume: str, run_dir: str | None) -> Path:
-    """The run folder that `--resume` means: named, holding the named checkpoint, or the newest under runs/."""
+def resumed_run(resume: str, run_dir: str | None = None) -> Path:
+    """The run that `--resume` means: the folder named, the one that holds the checkpoint named, or the newest run."""
     if resume != "latest":
-        folder = Path(resume)
-        run = folder.parent.parent if folder.resolve().parent.name == "checkpoints" else folder
+        run = Path(resume)
+        if run.absolute().parent.name == "checkpoints":
+            run = run.absolute().parent.parent
     elif run_dir:
         run = Path(run_dir)
     else:
@@ -272,49 +268,9 @@ def resumed_run(resume: str, run_dir: str | None) -> Path:
     return run
 
 
-def parse_flags(schema: type[T], argv: list[str], default: T | None = None, source: str = "command line") -> T:
-    """Read flags into any dataclass whose fields are the flags, over the values of `default`.
-
-    The other programs use it for their own options. Raises ValueError with one line that begins with `source`.
-    """
-    error = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(error):
-            config, unknown = tyro.cli(schema, args=argv, default=default or schema(), return_unknown_args=True)
-    except SystemExit as exit:
-        if exit.code in (0, None):  # --help
-            raise
-        raise ValueError(f"{source}: {_one_line(error.getvalue())}") from None
-    if unknown:
-        known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(schema)]
-        raise ValueError(f"{source}: {_unknown(unknown[0], known)}")
-    return config
-
-
-def yaml_flags(path: str | Path) -> list[str]:
-    """A YAML file as the flags it stands for, in its order."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: no file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines of `name: value`, found {type(values).__name__}")
-    hints = get_type_hints(Config)
-    flags: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in hints:
-            raise ValueError(f"{path}: {_unknown(str(key), list(hints))}")
-        flags += _as_flag(path, name, value, hints[name])
-    return flags
-
-
 def load_config(path: str | Path) -> Config:
-    """Read a YAML file over the dataclass defaults."""
-    config = parse_flags(Config, yaml_flags(path), source=str(path))
+    """Read one YAML file over the dataclass defaults. Raises like `parse_args`."""
+    config = parse_flags(Config, yaml_flags(path, Config), source=str(path))
     validate(config)
     return config
 
@@ -326,129 +282,81 @@ def save_yaml(config: Config, path: str | Path) -> None:
 
 
 def new_run_dir(config: Config) -> Path:
-    """The folder this run will write to; where none is named, the first free runs/<ckpt>-<task>-<number>."""
+    """The folder this run writes to: the one named, or the first free runs/<ckpt>-<task>-<number>."""
     if config.run_dir is not None:
         return Path(config.run_dir)
-    name = re.sub(r"[^\w.-]+", "-", f"{Path(config.ckpt).name}-{config.task}")
-    taken = [int(p.name[len(name) + 1 :]) for p in RUNS.glob(f"{name}-*") if p.name[len(name) + 1 :].isdecimal()]
-    return RUNS / f"{name}-{max(taken, default=0) + 1:03d}"
-
-
-def validate(config: Config) -> None:
-    """Refuse what cannot work, before a minute is spent: ValueError with one line."""
-    for field in dataclasses.fields(config):
-        values = getattr(config, field.name)
-        for value in values if isinstance(values, tuple) else (values,):
-            low, high = _RANGES.get(field.name, (-math.inf, math.inf))
-            if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-                wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                raise ValueError(f"{_flag(field.name)} {value:g}: expected a number {wanted}")
-    for name in _ABOVE_ZERO:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{_flag(name)} {getattr(config, name):g}: expected a number above 0")
-    for message, wrong in _conflicts(config).items():
-        if wrong:
-            raise ValueError(message)
-
-
-_ABOVE_ZERO = ("temperature", "top_p", "epsilon_high", "lr", "eps", "max_grad_norm", "importance_cap", "lora_alpha")
-_ABOVE_ZERO += ("ot_regularization", "sapo_temperature_pos", "sapo_temperature_neg")
-_COUNTS = ("prompts_per_step", "group_size", "max_new_tokens", "updates_per_rollout", "micro_batch_tokens", "steps")
-_COUNTS += ("keep_checkpoints", "num_terms", "num_digits", "ot_iterations", "numbers")
-_NOT_NEGATIVE = ("seed", "eval_every", "eval_problems", "eval_samples", "save_every", "warmup_steps", "lora_rank")
-_NOT_NEGATIVE += ("top_k", "beta", "kl_target", "ot_target", "ot_window", "weight_decay", "min_number", *_ABOVE_ZERO)
-_SHARES = ("top_p", "min_p", "epsilon_low", "min_lr_ratio", "log_samples", "betas", "lora_dropout")
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_COUNTS, (1, math.inf)),
-    **dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)),
-    **dict.fromkeys(_SHARES, (0, 1)),
-}
-
-
-def _conflicts(c: Config) -> dict[str, bool]:
-    """Each sentence with whether it applies."""
-    return {
-        "--ckpt is empty: expected a folder, a name or a repo id": not c.ckpt.strip(),
-        "--group-size 1: a group of one has no baseline, its advantage is always 0; take at least 2": c.group_size == 1,
-        "--numbers is empty: expected how many numbers a problem has, such as --numbers 3 4": not c.numbers,
-        "--num-terms and --num-digits need at least one number each": not (c.num_terms and c.num_digits),
-        f"--max-number {c.max_number} is below --min-number {c.min_number}": c.max_number < c.min_number,
-        f"--betas {c.betas[0]:g} {c.betas[1]:g}: both must be below 1": max(c.betas) == 1,
-        "--lora-dropout 1 would drop everything: expected less than 1": c.lora_dropout == 1,
-        "--lora-targets is empty: name the layers that get adapters": c.lora_rank > 0 and not c.lora_targets,
-        f"--delta {c.delta}: the dual clip must lie above 1 + epsilon_high, {1 + c.epsilon_high:g}": (
-            c.delta is not None and c.delta <= 1 + c.epsilon_high
-        ),
-        f"--delta does not go with --loss-type {c.loss_type}, which does not clip from both sides": (
-            c.delta is not None and c.loss_type in ("cispo", "sapo")
-        ),
-        f"--kl {c.kl} needs a gradient through the policy: --kl-in reward takes k1, k2 or k3": (
-            c.kl_in == "reward" and c.kl in ("kl", "approx_kl", "ot")
-        ),
-        f"--warmup-steps {c.warmup_steps} is longer than the run, --steps {c.steps}": c.warmup_steps > c.steps,
-    }
-
-
-def take_flag(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
-    """Split every `flag VALUE` and `flag=VALUE` out of a command line: (values, what is left)."""
-    values, rest, words = [], [], iter(argv)
-    for word in words:
-        if word.startswith(flag + "="):
-            values.append(word[len(flag) + 1 :])
-        elif word != flag:
-            rest.append(word)
-        elif (value := next(words, None)) is None or value.startswith("--"):
-            raise ValueError(f"{flag} needs a value")
-        else:
-            values.append(value)
-    return values, rest
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(config.ckpt).name}-{config.task}-")
+    numbers = [path.name.removeprefix(name) for path in RUNS.glob(f"{name}*")]
+    return RUNS / f"{name}{max((int(n) for n in numbers if n.isdecimal()), default=0) + 1:03d}"
 
 
 def _last(argv: list[str], flag: str) -> str | None:
     return next(reversed(take_flag(argv, flag)[0]), None)
 
 
-def _normalise(argv: list[str]) -> list[str]:
-    """Write `--run_dir` as `--run-dir`, and a bare `--resume` as `--resume=latest`."""
-    words: list[str] = []
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            word = name.replace("_", "-") + equals + value
-        bare = i + 1 == len(argv) or argv[i + 1].startswith("--")
-        words.append("--resume=latest" if word == "--resume" and bare else word)
-    return words
+# --- what cannot work
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def validate(config: Config) -> None:
+    """Refuse what cannot work before a minute is spent: ValueError with one line."""
+    for field in dataclasses.fields(config):
+        values = getattr(config, field.name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, (int, float)):
+                _check_range(field.name, value)
+    for wrong, message in _conflicts(config):
+        if wrong:
+            raise ValueError(message)
 
 
-def _as_flag(path: Path, name: str, value: Any, hint: Any) -> list[str]:
-    """One YAML entry as a flag: a switch, one value, or a list of values."""
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{path}: {name}: expected true or false, found {value!r}")
-        return [_flag(name) if value else "--no-" + _flag(name)[2:]]
-    several = str(hint).startswith("tuple")
-    words = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != several or any(isinstance(word, (list, dict, bool)) for word in words):
-        raise ValueError(f"{path}: {name}: expected {'a list of values' if several else 'one value'}, found {value!r}")
-    return [_flag(name), *map(str, words)] if several else [f"{_flag(name)}={value}"]
+_COUNTS = ["prompts_per_step", "group_size", "max_new_tokens", "updates_per_rollout", "micro_batch_tokens", "steps"]
+_COUNTS += ["keep_checkpoints", "numbers", "num_terms", "num_digits", "ot_iterations"]
+_NOT_NEGATIVE = ["seed", "eval_every", "eval_problems", "eval_samples", "save_every", "warmup_steps", "lora_rank"]
+_NOT_NEGATIVE += ["top_k", "beta", "kl_target", "ot_target", "ot_window", "weight_decay", "min_number"]
+_SHARES = ["top_p", "min_p", "epsilon_low", "min_lr_ratio", "log_samples", "betas", "lora_dropout"]
+_POSITIVE = ["temperature", "top_p", "epsilon_high", "lr", "eps", "max_grad_norm", "importance_cap", "lora_alpha"]
+_POSITIVE += ["ot_regularization", "sapo_temperature_pos", "sapo_temperature_neg"]
 
 
-def _unknown(word: str, known: list[str]) -> str:
-    """The sentence for a name that is not known."""
-    if word.startswith("-") != known[0].startswith("-"):
-        return f"unexpected argument {word!r}"
-    word = word.partition("=")[0]
-    near = difflib.get_close_matches(word.replace("_", "-" if word.startswith("-") else "_"), known, n=1, cutoff=0)
-    return f"unknown option {word}; the nearest known one is {near[0]} (python train.py --help lists all)"
+def _check_range(name: str, value: float) -> None:
+    allowed = {
+        "a number from 0 to 1": name not in _SHARES or 0 <= value <= 1,
+        "a number above 0": name not in _POSITIVE or value > 0,
+        "1 or more": name not in _COUNTS or value >= 1,
+        "0 or more": name not in _NOT_NEGATIVE or value >= 0,
+        "a finite number": math.isfinite(value),
+    }
+    for expected, good in allowed.items():
+        if not good:
+            raise ValueError(f"{flag_name(name)} {value:g}: expected {expected}")
 
 
-def _one_line(box: str) -> str:
-    """The sentence inside the box that tyro draws around an error: what stands above its first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    body = [line for line in lines if not line.startswith("╭")]
-    end = next((i for i, line in enumerate(body) if line.startswith(("──", "╰"))), len(body))
-    return " ".join(" ".join(body[:end]).split())
+def _conflicts(c: Config) -> list[tuple[bool, str]]:
+    """Sentences, each with whether it applies."""
+    lora, dual_clip = c.lora_rank > 0, c.delta is not None
+    return [
+        (not c.ckpt.strip(), "--ckpt is empty: expected a folder, a name or a repo id"),
+        (
+            c.group_size == 1,
+            "--group-size 1: a group of one has no baseline, its advantage is always 0; take 2 or more",
+        ),
+        (not c.numbers, "--numbers is empty: expected how many numbers a problem has, such as --numbers 3 4"),
+        (not (c.num_terms and c.num_digits), "--num-terms and --num-digits need at least one number each"),
+        (c.max_number < c.min_number, f"--max-number {c.max_number} is below --min-number {c.min_number}"),
+        (max(c.betas) == 1, f"--betas {c.betas[0]:g} {c.betas[1]:g}: expected both below 1"),
+        (c.warmup_steps > c.steps, f"--warmup-steps {c.warmup_steps} is longer than the run, --steps {c.steps}"),
+        (lora and c.lora_dropout == 1, "--lora-dropout 1 drops everything: expected less than 1"),
+        (lora and not c.lora_targets, "--lora-targets is empty: name the layers that get adapters"),
+        (
+            dual_clip and c.loss_type in ("cispo", "sapo"),
+            f"--delta does not go with --loss-type {c.loss_type}, which has no two-sided clip to add it to",
+        ),
+        (
+            dual_clip and c.delta <= 1 + c.epsilon_high,
+            f"--delta {c.delta}: the dual clip must lie above 1 + epsilon_high, {1 + c.epsilon_high:g}",
+        ),
+        (
+            c.kl_in == "reward" and c.kl in ("kl", "approx_kl", "ot"),
+            f"--kl {c.kl} acts through its gradient: --kl-in reward takes k1, k2 or k3",
+        ),
+    ]
