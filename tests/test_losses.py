@@ -1,0 +1,461 @@
+"""losses.py against slow references written here, closed-form numbers, and TRL's loss of the same name."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from losses import (
+    POLICY_LOSSES,
+    policy_loss,
+    safe_exp,
+    scale_logits,
+    token_logprobs,
+    token_logprobs_eager,
+    token_weights,
+    weighted_sum,
+)
+
+LOSS_TYPES = list(POLICY_LOSSES)
+LENGTHS = torch.tensor([3, 1, 0, 4])
+M = int(LENGTHS.sum())
+
+
+def randn(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(scale).to(dtype)
+
+
+def head_inputs(M=7, D=6, V=23, dtype=torch.float64, seed=0):
+    hidden = randn(M, D, seed=seed, dtype=dtype).requires_grad_()
+    weight = randn(V, D, seed=seed + 1, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, V - 4, (M,), generator=torch.Generator().manual_seed(seed + 2))
+    return hidden, weight, targets
+
+
+def policy_inputs(seed=0, spread=0.5, lengths=LENGTHS, dtype=torch.float64):
+    """Ratios well inside and well outside the clip range, advantages of both signs."""
+    M, E = int(lengths.sum()), len(lengths)
+    logp = (randn(M, seed=seed, dtype=dtype) - 2).requires_grad_()
+    old_logp = logp.detach() + randn(M, seed=seed + 1, dtype=dtype, scale=spread)
+    return logp, old_logp, randn(E, seed=seed + 2, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def test_scale_logits_casts_cuts_and_divides():
+    """CHECKLIST 3, 6: one function for temperature and for ids beyond the tokenizer's vocabulary."""
+    logits = randn(2, 3, 10).bfloat16()
+    scaled = scale_logits(logits, temperature=0.5, vocab_size=8)
+    assert scaled.dtype == torch.float32
+    assert torch.equal(scaled, logits[:, :, :8].float() / 0.5)
+    assert torch.equal(scale_logits(logits), logits.float())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_scale_logits_refuses_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(ValueError, match="temperature is"):
+        scale_logits(torch.zeros(2), temperature)
+
+
+@pytest.mark.parametrize("vocab_size", [None, 19])
+@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_token_logprobs_equals_its_slow_twin(chunk, vocab_size, dtype):
+    """CHECKLIST 6: values and gradients, for every way to cut the vocabulary; rows beyond it get gradient 0."""
+    tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-12}
+    results = []
+    for function, options in ((token_logprobs, {"chunk": chunk}), (token_logprobs_eager, {})):
+        hidden, weight, targets = head_inputs(dtype=dtype)
+        logp, entropy = function(hidden, weight, targets, 0.7, vocab_size, **options)
+        (logp @ randn(7, seed=5, dtype=dtype) + entropy @ randn(7, seed=6, dtype=dtype)).backward()
+        results.append((logp, entropy, hidden.grad, weight.grad))
+    for ours, slow in zip(*results):
+        torch.testing.assert_close(ours, slow, **tolerance)
+    if vocab_size is not None:
+        assert not results[0][3][vocab_size:].any()
+
+
+def test_token_logprobs_passes_gradcheck():
+    hidden, weight, targets = head_inputs(M=4, D=3, V=9)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, 1.3, 8, chunk=3), (hidden, weight))
+
+
+def test_token_logprobs_by_hand():
+    """CHECKLIST 1: row i of the hidden states scores target i, no shift here. Logits are ln 1, ln 2, ln 5."""
+    weight = torch.tensor([1.0, 2.0, 5.0]).log()[:, None]
+    logp, entropy = token_logprobs(torch.ones(3, 1), weight, torch.tensor([2, 0, 1]))
+    p = torch.tensor([1 / 8, 2 / 8, 5 / 8])
+    torch.testing.assert_close(logp, p[[2, 0, 1]].log())
+    torch.testing.assert_close(entropy, -(p * p.log()).sum().expand(3))
+
+
+@pytest.mark.parametrize("which", ["logp", "entropy"])
+def test_token_logprobs_with_one_output_used(which):
+    """CHECKLIST 23: the entropy alone has a gradient; an output that is not used costs nothing and adds nothing."""
+    grads = []
+    for function in (token_logprobs, token_logprobs_eager):
+        hidden, weight, targets = head_inputs()
+        logp, entropy = function(hidden, weight, targets)
+        (logp if which == "logp" else entropy).sum().backward()
+        grads.append(hidden.grad)
+    assert grads[0].abs().max() > 1e-3
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("frozen", "other"), [(0, 1), (1, 0)])
+def test_token_logprobs_with_a_frozen_side(frozen, other):
+    """A frozen head (LoRA) or frozen hidden states get no gradient, the other side gets the same as ever."""
+    inputs, slow = head_inputs(), head_inputs()
+    inputs[frozen].requires_grad_(False)
+    token_logprobs(*inputs)[0].sum().backward()
+    token_logprobs_eager(*slow)[0].sum().backward()
+    assert inputs[frozen].grad is None
+    torch.testing.assert_close(inputs[other].grad, slow[other].grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, 1e9])
+def test_junk_in_a_row_of_weight_0_reaches_nothing(junk):
+    """CHECKLIST 18: from the hidden state through log-probability, loss and entropy back to the head's weight."""
+    lengths, weights = torch.tensor([4, 3]), torch.tensor([1, 1, 0, 1, 1, 1, 0]) / 5.0
+    losses, grads = [], []
+    for value in (0.5, junk):
+        hidden, weight, targets = head_inputs(dtype=torch.float32)
+        dirty = torch.where((weights == 0)[:, None], value, hidden)
+        logp, entropy = token_logprobs(dirty, weight, targets, chunk=5)
+        terms = policy_loss(logp, logp.detach() + 0.1, torch.tensor([1.0, -2.0]), lengths, keep=weights != 0)
+        loss = weighted_sum(terms.loss, weights) - 0.1 * weighted_sum(entropy, weights)
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(torch.cat([hidden.grad, weight.grad]))
+    assert torch.isfinite(grads[1]).all()
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(*grads)
+
+
+def test_token_logprobs_of_no_tokens():
+    hidden, weight, targets = head_inputs(M=0)
+    logp, entropy = token_logprobs(hidden, weight, targets)
+    (logp.sum() + entropy.sum()).backward()
+    assert logp.shape == entropy.shape == (0,)
+    assert not weight.grad.any()
+
+
+def test_token_logprobs_survives_huge_logits():
+    hidden, weight, targets = head_inputs(dtype=torch.float32)
+    logp, entropy = token_logprobs(hidden * 1e4, weight, targets, chunk=5)
+    slow_logp, slow_entropy = token_logprobs_eager(hidden.double() * 1e4, weight.double(), targets)
+    torch.testing.assert_close(logp, slow_logp.float(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(entropy, slow_entropy.float(), rtol=0, atol=1e-2)
+
+
+def test_bf16_weights_round_their_gradient_once():
+    """In bf16 the weight's gradient is as near to the fp64 one as its own rounding, over 4,000 tokens."""
+    hidden, weight, targets = (x.detach() for x in head_inputs(M=4000, D=8, V=64, dtype=torch.float64))
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    token_logprobs(hidden, weight, targets, chunk=16)[0].sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    token_logprobs_eager(hidden.detach().double(), exact, targets)[0].sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+    error = (weight.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 2**-8
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operation gave back."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize(("function", "bounded"), [(token_logprobs, True), (token_logprobs_eager, False)])
+def test_no_tensor_of_tokens_by_vocabulary(function, bounded):
+    """CHECKLIST 33: forward and backward, nothing is larger than a slice of logits. The slow twin proves the probe."""
+    M, D, V, chunk = 64, 4, 1024, 32
+    hidden, weight, targets = head_inputs(M, D, V, dtype=torch.bfloat16)
+    options = {"chunk": chunk} if bounded else {}
+    with LargestTensor() as largest:
+        logp, entropy = function(hidden, weight, targets, 0.9, V - 4, **options)
+        torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight))
+    assert (largest.numel <= max(M * chunk, V * D)) == bounded
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (9, 2), (4,)), ((4, 3), (9, 3), (4, 1)), ((2, 2, 3), (9, 3), (4,))])
+def test_token_logprobs_refuses_wrong_shapes(shapes):
+    hidden, weight, targets = torch.zeros(shapes[0]), torch.zeros(shapes[1]), torch.zeros(shapes[2], dtype=torch.long)
+    with pytest.raises(ValueError, match=r"expected \[M, D\], \[V, D\] and \[M\]"):
+        token_logprobs(hidden, weight, targets)
+
+
+def test_token_logprobs_refuses_a_vocabulary_beyond_the_head():
+    with pytest.raises(ValueError, match="vocab_size is 24, expected 1 to 23"):
+        token_logprobs(*head_inputs(), vocab_size=24)
+
+
+# ------------------------------------------------------------------------------------------------ weights of the tokens
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        *[(name, [1 / 8] * 8) for name in ("dapo", "bnpo", "cispo")],
+        *[(name, [1 / 12] * 3 + [1 / 4] + [1 / 16] * 4) for name in ("grpo", "gspo", "sapo")],
+        ("dr_grpo", [1 / 40] * 8),
+    ],
+)
+def test_token_weights_by_hand(loss_type, expected):
+    """Four episodes of 3, 1, 0 and 4 tokens, at most 10."""
+    torch.testing.assert_close(token_weights(loss_type, LENGTHS, 10), torch.tensor(expected))
+
+
+def test_token_weights_count_kept_tokens_only():
+    keep = torch.tensor([1, 0, 1, 0, 1, 1, 1, 1]).bool()
+    torch.testing.assert_close(token_weights("dapo", LENGTHS, 10, keep), keep / 6)
+    expected = torch.tensor([1 / 8, 0, 1 / 8, 0] + [1 / 16] * 4)
+    torch.testing.assert_close(token_weights("grpo", LENGTHS, 10, keep), expected)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("lengths", [torch.tensor([2, 3]), torch.tensor([0, 0]), torch.tensor([], dtype=torch.long)])
+def test_everything_masked_is_loss_0_with_gradient_0(loss_type, lengths):
+    """CHECKLIST 19: no 0/0, whether tokens are masked, responses empty or episodes none."""
+    logp, old_logp, advantages = policy_inputs(lengths=lengths)
+    keep = torch.zeros_like(logp, dtype=torch.bool)
+    weights = token_weights(loss_type, lengths, 10, keep)
+    loss = weighted_sum(policy_loss(logp, old_logp, advantages, lengths, loss_type=loss_type, keep=keep).loss, weights)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logp.grad, torch.zeros_like(logp))
+
+
+# -------------------------------------------------------------------------------------------------------- policy losses
+
+
+def slow_term(loss_type, logp, log_ratio, advantage, sequence_log_ratio, low, high, delta):
+    """One token's loss in plain floats."""
+    r = math.exp(sequence_log_ratio if loss_type == "gspo" else log_ratio)
+    if loss_type == "cispo":
+        return -min(r, 5.0) * advantage * logp
+    if loss_type == "sapo":
+        tau = 1.0 if advantage > 0 else 1.05
+        return -4 / tau / (1 + math.exp(-tau * (r - 1))) * advantage
+    bounded = r if delta is None else min(r, delta)
+    return -min(bounded * advantage, min(max(r, 1 - low), 1 + high) * advantage)
+
+
+@pytest.mark.parametrize("delta", [None, 1.5])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_policy_loss_equals_the_formula_token_by_token(loss_type, delta):
+    logp, old_logp, advantages = policy_inputs(spread=1.0)
+    terms = policy_loss(
+        logp, old_logp, advantages, LENGTHS, loss_type=loss_type, epsilon_low=0.1, epsilon_high=0.3, delta=delta
+    )
+    i = 0
+    for e, length in enumerate(LENGTHS.tolist()):
+        log_ratios = (logp - old_logp)[i : i + length].tolist()
+        for log_ratio in log_ratios:
+            mean, advantage = sum(log_ratios) / length, advantages[e].item()
+            expected = slow_term(loss_type, logp[i].item(), log_ratio, advantage, mean, 0.1, 0.3, delta)
+            ratio = math.exp(mean if loss_type == "gspo" else log_ratio)
+            assert terms.loss[i].item() == pytest.approx(expected, abs=1e-12)
+            assert terms.ratio[i].item() == pytest.approx(ratio, abs=1e-12)
+            if loss_type not in ("cispo", "sapo"):
+                assert terms.clipped_low[i].item() == (ratio < 0.9 and advantage < 0)
+                assert terms.clipped_high[i].item() == (ratio > 1.3 and advantage > 0)
+            i += 1
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "delta", "loss", "gradient"),
+    [
+        (1.0, 1.5, None, -1.2, 0.0),  # past the upper clip: nothing more to gain
+        (1.0, 0.5, None, -0.5, -0.5),  # the clip never stops a repair
+        (-1.0, 0.5, None, 0.8, 0.0),  # past the lower clip
+        (-1.0, 3.0, None, 3.0, 3.0),  # the clip leaves this side open ...
+        (-1.0, 3.0, 2.0, 2.0, 0.0),  # ... and dual clip closes it
+        (1.0, 3.0, 2.0, -1.2, 0.0),
+    ],
+)
+def test_clip_by_hand(advantage, ratio, delta, loss, gradient):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    terms = policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), torch.tensor([1]), delta=delta)
+    terms.loss.sum().backward()
+    assert terms.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert logp.grad.item() == pytest.approx(gradient, abs=1e-6)
+
+
+def test_cispo_keeps_the_gradient_of_a_clipped_token():
+    logp = torch.tensor([math.log(9.0) - 3], requires_grad=True)
+    terms = policy_loss(logp, torch.full((1,), -3.0), torch.tensor([2.0]), torch.tensor([1]), loss_type="cispo")
+    terms.loss.sum().backward()
+    assert terms.clipped_high.item()
+    assert logp.grad.item() == pytest.approx(-5.0 * 2.0)
+
+
+def trl_loss_and_gradient(loss_type, logp, old_logp, advantages, lengths, keep, max_new_tokens, **options):
+    """GRPOTrainer._compute_loss of TRL 1.16 on these numbers, laid out as its padded batch; no model and no trainer."""
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    E, T = len(lengths), int(lengths.max())
+    real = torch.arange(T) < lengths[:, None]
+    logp = logp.detach().clone().requires_grad_()
+
+    def padded(flat, fill=0.0):
+        return torch.full((E, T), fill, dtype=flat.dtype).masked_scatter(real, flat)
+
+    mask = padded(keep.to(logp.dtype))
+    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    stub = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (padded(logp), torch.ones(E, T, dtype=logp.dtype), None),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="sequence" if loss_type == "gspo" else "token",
+        loss_type="grpo" if loss_type == "gspo" else loss_type,
+        epsilon_low=options.get("epsilon_low", 0.2),
+        epsilon_high=5.0 if loss_type == "cispo" else options.get("epsilon_high", 0.2),
+        beta=options.get("beta", 0.0),
+        args=SimpleNamespace(
+            delta=options.get("delta"),
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            use_bias_correction_kl=options.get("unbiased", False),
+        ),
+        use_vllm=False,
+        model=SimpleNamespace(training=False),  # evaluation: this batch is the whole step
+        max_completion_length=max_new_tokens,
+        accelerator=accelerator,
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(E, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(E, 1),
+        "completion_ids": torch.zeros(E, T, dtype=torch.long),
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": padded(old_logp),
+        "ref_per_token_logps": padded(options.get("ref_logp", old_logp)),
+        "num_items_in_batch": mask.sum(),
+    }
+    loss = grpo_trainer.GRPOTrainer._compute_loss(stub, None, inputs)
+    loss.backward()
+    metrics = {name: values[0] for name, values in stub._metrics["eval"].items()}
+    return loss.detach(), logp.grad, metrics
+
+
+@pytest.mark.parametrize("delta", [None, 1.4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_policy_loss_equals_trl(loss_type, masked, delta):
+    """Values, gradients and clip metrics, with ragged and empty responses, masked tokens, clip-higher and dual clip."""
+    logp, old_logp, advantages = policy_inputs(seed=3)
+    keep = torch.tensor([1, 0, 1, 1, 1, 1, 0, 1]).bool() if masked else torch.ones(M, dtype=torch.bool)
+    options = {"epsilon_low": 0.15, "epsilon_high": 0.28, "delta": delta}
+    expected, gradient, metrics = trl_loss_and_gradient(
+        loss_type, logp, old_logp, advantages, LENGTHS, keep, 10, **options
+    )
+    terms = policy_loss(logp, old_logp, advantages, LENGTHS, loss_type=loss_type, keep=keep, **options)
+    loss = weighted_sum(terms.loss, token_weights(loss_type, LENGTHS, 10, keep).double())
+    loss.backward()
+    tolerance = {"rtol": 0, "atol": 1e-7}  # the weights are fp32
+    torch.testing.assert_close(loss.detach(), expected, **tolerance)
+    torch.testing.assert_close(logp.grad, gradient, **tolerance)
+    if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
+        assert metrics["clip_ratio/low_mean"] == pytest.approx(terms.clipped_low[keep].double().mean().item())
+        assert metrics["clip_ratio/high_mean"] == pytest.approx(terms.clipped_high[keep].double().mean().item())
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradient_does_not_depend_on_micro_batches_or_order(loss_type):
+    """CHECKLIST 17: weights are made once a step; any cut between episodes, any order: the same gradient."""
+    lengths = torch.tensor([3, 1, 5, 2])
+    logp, old_logp, advantages = policy_inputs(lengths=lengths)
+    segments = torch.arange(int(lengths.sum())).split(lengths.tolist())
+    weights = token_weights(loss_type, lengths, 8)
+
+    def gradient(micro_batches):
+        logp.grad = None
+        for episodes in micro_batches:
+            tokens = torch.cat([segments[e] for e in episodes])
+            terms = policy_loss(
+                logp[tokens], old_logp[tokens], advantages[episodes], lengths[episodes], loss_type=loss_type
+            )
+            weighted_sum(terms.loss, weights[tokens]).backward()
+        return logp.grad
+
+    whole = gradient([[0, 1, 2, 3]])
+    assert whole.abs().max() > 1e-3
+    for cut in ([[0], [1, 2], [3]], [[2, 0, 3, 1]], [[3], [2], [1], [0]]):
+        torch.testing.assert_close(gradient(cut), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "gspo"])
+def test_first_update_has_loss_0_and_a_gradient(loss_type):
+    """CHECKLIST 20: at equal policies the loss of balanced advantages is 0 and its gradient is -weight * advantage."""
+    lengths, advantages = torch.tensor([3, 3]), torch.tensor([1.0, -1.0])
+    logp = randn(6).requires_grad_()
+    weights = token_weights(loss_type, lengths, 5)
+    terms = policy_loss(logp, logp.detach(), advantages, lengths, loss_type=loss_type)
+    loss = weighted_sum(terms.loss, weights)
+    loss.backward()
+    assert loss.abs() < 1e-7
+    torch.testing.assert_close(logp.grad, -weights * advantages.repeat_interleave(3))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("log_ratio", [-100.0, 100.0])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_runaway_ratios_stay_finite(loss_type, log_ratio, advantage):
+    """CHECKLIST 22: exp(100) is infinite in fp32; neither the loss nor its gradient is."""
+    logp = torch.tensor([-120.0], requires_grad=True)
+    terms = policy_loss(
+        logp, logp.detach() - log_ratio, torch.tensor([advantage]), torch.tensor([1]), loss_type=loss_type
+    )
+    terms.loss.sum().backward()
+    assert torch.isfinite(terms.loss).all()
+    assert torch.isfinite(logp.grad).all()
+
+
+def test_safe_exp_is_exp_and_then_its_tangent():
+    x = torch.tensor([-100.0, 0.0, 20.0, 22.0], dtype=torch.float64, requires_grad=True)
+    y = safe_exp(x)
+    y.sum().backward()
+    e20 = math.exp(20)
+    torch.testing.assert_close(y.detach(), torch.tensor([math.exp(-100), 1, e20, 3 * e20], dtype=torch.float64))
+    torch.testing.assert_close(x.grad, torch.tensor([math.exp(-100), 1, e20, e20], dtype=torch.float64))
+
+
+def test_policy_loss_refuses_wrong_shapes():
+    """CHECKLIST 21: [B] against [B, T] never broadcasts to [B, B]."""
+    logp, old_logp, advantages = policy_inputs()
+    for bad in (
+        (logp, old_logp[:, None], advantages, LENGTHS),
+        (logp, old_logp, advantages[:, None], LENGTHS),
+        (logp, old_logp, torch.zeros(M, dtype=torch.float64), LENGTHS),
+        (logp, old_logp[:1], advantages, LENGTHS),
+        (logp, old_logp, advantages, LENGTHS + 1),
+        (logp[None], old_logp[None], advantages, LENGTHS),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            policy_loss(*bad)
+    with pytest.raises(ValueError, match="weights has shape"):
+        weighted_sum(torch.zeros(3), torch.zeros(3, 1))
+
+
+def test_policy_loss_refuses_what_it_does_not_know():
+    logp, old_logp, advantages = policy_inputs()
+    with pytest.raises(ValueError, match="loss_type is 'ppo', expected one of grpo"):
+        policy_loss(logp, old_logp, advantages, LENGTHS, loss_type="ppo")
+    with pytest.raises(ValueError, match="loss_type is 'ppo'"):
+        token_weights("ppo", LENGTHS, 10)
+    with pytest.raises(ValueError, match=r"delta is 1\.1"):
+        policy_loss(logp, old_logp, advantages, LENGTHS, delta=1.1)
