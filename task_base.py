@@ -1,0 +1,167 @@
+"""What a task is: problems by index, a prompt for each, a reward for each response.
+
+    class MyTask(Task):
+        def train_problem(self, index): ...        # -> Problem; the same one for the same index, always
+        def test_problem(self, index): ...
+        def is_correct(self, problem, answer): ... # answer: what stands in the answer tags
+        # or, for a reward of your own: def reward(self, problem, response): return Reward(total, {"name": part})
+
+Problems are reached by index and depend on (seed, split, index) only: there is no iterator to save, and a run that is
+resumed at step k sees the problems it would have seen. Generated tasks decide between train and held-out by a hash of
+the problem itself, so the two never meet, whatever the seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data_types import Message, Problem, Reward
+from expressions import false_sums, plain_number
+from rewards import answer_block, format_reward, think_block, whole_text
+
+Split = Literal["train", "test"]
+HELD_OUT_ONE_IN = 10  # generated tasks: one problem in ten is held out
+MAX_DRAWS = 20_000  # before a generator says that its settings admit no problem
+
+SYSTEM_MESSAGE = (
+    "You are a helpful assistant. You first think about the reasoning process in your mind "
+    "and then provide the user with the answer."
+)
+TAG_REQUEST = (
+    "Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
+    "for example <answer> {example} </answer>."
+)
+# The response prefix is put into the assistant's mouth behind the chat template; the model goes on from there.
+RESPONSE_PREFIXES = {"full": "Let me solve this step by step.\n<think>", "short": "<think>\n"}
+
+
+@dataclass(kw_only=True)
+class Task:
+    """Base of all tasks. A subclass gives the two problem methods and `is_correct`, or a whole `reward` of its own."""
+
+    seed: int = 0  # which problems are drawn, or in which order the rows of a file come
+    format_weight: float = 0.1
+    answer_weight: float = 1.0
+    prompt_style: str = "full"  # "full": system message and instructions; "short": the bare question, for tiny models
+
+    def __post_init__(self):
+        if self.prompt_style not in RESPONSE_PREFIXES:
+            raise ValueError(f"prompt_style is {self.prompt_style!r}; expected 'full' or 'short'")
+
+    def train_problem(self, index: int) -> Problem:
+        """Training problem number `index`, without end: a finite data set is shuffled anew every epoch."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its training problems are")
+
+    def test_problem(self, index: int) -> Problem:
+        """Held-out problem number `index`. Raises IndexError past the last one of a finite data set."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its held-out problems are")
+
+    def test_problems(self, n: int) -> list[Problem]:
+        """The first `n` held-out problems; fewer where a finite data set has no more."""
+        return self.problems("test", n)
+
+    def problems(self, split: Split, n: int, start: int = 0) -> list[Problem]:
+        """Problems `start` to `start + n` of a split; of a finite held-out split those there are."""
+        if split == "train":
+            return [self.train_problem(index) for index in range(start, start + n)]
+        found = []
+        for index in range(start, start + n):
+            try:
+                found.append(self.test_problem(index))
+            except IndexError:
+                break
+        return found
+
+    def prompt(self, problem: Problem) -> list[Message]:
+        """The chat messages of a problem. The prompt is these, rendered, and then `problem.response_prefix`."""
+        return problem.messages
+
+    def is_correct(self, problem: Problem, answer: str) -> bool:
+        """Whether what stands in the answer tags is right."""
+        raise NotImplementedError(f"{type(self).__name__} does not say when an answer is right")
+
+    def reward(self, problem: Problem, response: str) -> Reward:
+        """format_weight * format + answer_weight * answer, both in [0, 1]. `response`: the text after the prompt."""
+        text = whole_text(problem, response)
+        answer = answer_block(text)
+        parts = {
+            "format": format_reward(text),
+            "answer": float(answer is not None and self.is_correct(problem, answer)),
+        }
+        return Reward(self.format_weight * parts["format"] + self.answer_weight * parts["answer"], parts)
+
+    def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
+        """What is worth averaging beside the reward and is never paid for.
+
+        solved: 1.0 for a right answer. sums: equalities written in the thought. false_sums: the share of them that is
+        wrong (0.0 where there are none): a policy that is paid for answers only may learn to write false sums.
+        """
+        wrong, total = false_sums(think_block(whole_text(problem, response)))
+        solved = float(self.reward(problem, response).parts.get("answer", 0.0) == 1.0)
+        return {"solved": solved, "sums": float(total), "false_sums": wrong / total if total else 0.0}
+
+    def messages(self, text: str) -> list[Message]:
+        """Chat messages that say `text`; the short style has no system message."""
+        user = {"role": "user", "content": text}
+        return [user] if self.prompt_style == "short" else [{"role": "system", "content": SYSTEM_MESSAGE}, user]
+
+    @property
+    def response_prefix(self) -> str:
+        return RESPONSE_PREFIXES[self.prompt_style]
+
+
+@dataclass(kw_only=True)
+class QuestionTask(Task):
+    """Questions in words with a number for an answer. Base of arithmetic, GSM8K and files of (question, answer)."""
+
+    def problem_from(self, question: str, answer: Any) -> Problem:
+        """A problem from any question and its answer, also from outside the task's own data."""
+        name = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
+        text = question if self.prompt_style == "short" else f"{question} {TAG_REQUEST.format(example='42')}"
+        return Problem(f"question {name}", self.messages(text), str(answer), self.response_prefix)
+
+    def is_correct(self, problem: Problem, answer: str) -> bool:
+        """Equal as exact numbers (1,234 = 1234.0, 7/2 = 3.5); where the target is no number, as text."""
+        given, wanted = plain_number(answer), plain_number(problem.target)
+        return given == wanted if wanted is not None else answer.split() == problem.target.split()
+
+
+def is_held_out(key: str) -> bool:
+    """Whether the problem with this key belongs to the held-out split: a stable hash, the same on every machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
+
+
+def draw_problem(
+    name: str, seed: int, split: Split, index: int, draw: Callable[[random.Random], tuple[str, Any] | None]
+) -> Any:
+    """Problem `index` of a split: `draw` gives (key, problem), or None for a misfire, until a key falls in the split.
+
+    Raises ValueError after MAX_DRAWS draws: the settings admit no problem of this split.
+    """
+    generator = random.Random(f"{name} {seed} {split} {index}")  # seeded by SHA-512 of the text: the same everywhere
+    for _ in range(MAX_DRAWS):
+        drawn = draw(generator)
+        if drawn is not None and is_held_out(drawn[0]) == (split == "test"):
+            return drawn[1]
+    raise ValueError(
+        f"{name}: no {split} problem in {MAX_DRAWS} draws; its settings leave too few problems, widen them"
+    )
+
+
+def shuffled_index(n_rows: int, seed: int, index: int) -> int:
+    """Row of training problem `index`: every row once an epoch, in another order each epoch."""
+    epoch, place = divmod(index, n_rows)
+    return _epoch_order(n_rows, seed, epoch)[place]
+
+
+@functools.lru_cache(maxsize=4)  # consecutive indices share an epoch
+def _epoch_order(n_rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(n_rows))
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    return order
