@@ -111,6 +111,8 @@ def test_floats_that_yaml_takes_for_text(yaml_file):
         (["--steps", "3", "4"], "unexpected argument '4'"),
         (["--betas", "0.9"], "--betas"),
         (["--config"], "--config needs a value"),
+        (["--config", "--steps", "3"], "--config needs a value"),
+        (["--group-size", "1"], "a group of one"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv, said):
