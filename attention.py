@@ -324,7 +324,8 @@ class PrefillAttention:
 
     def __init__(self, lengths: Sequence[int]):
         self.lengths = list(lengths)
-        self.attend = PackedAttention(Layout.causal(lengths))
+        self.layout = Layout.causal(lengths)
+        self.attend = PackedAttention(self.layout)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 

@@ -56,7 +56,7 @@ class Completion:
     prompt_index: int
     prompt_ids: list[int]
     response_ids: list[int]
-    logprobs: list[float]  # the sampler's log-probability of each response id, under what was really sampled from
+    logprobs: list[float]  # the sampler's log-probability of each response id, before top-k, top-p and min-p
     text: str
     finish_reason: FinishReason  # "stop": a stop id or stop string; "length": cut at max_new_tokens
 
