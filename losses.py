@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG_RATIO_LIMIT = 20.0  # exp is continued by its tangent from here on: e^20 = 5e8, while e^89 overflows fp32
-CPU_TILE = 2**18  # logits worked on at a time on a CPU: 1 MiB of fp32 stays in the core's cache from pass to pass
+LOGITS_AT_ONCE = 2**24  # the size of a slice of logits: large enough for the matrix products, 64 MiB as fp32
+CPU_TILE = 2**18  # of these, worked on at a time on a CPU: 1 MiB of fp32 stays in a core's cache from pass to pass
 
 
 # ---------------------------------------------------------------------------------------------------- log-probabilities
@@ -47,7 +48,7 @@ def scale_logits(logits: Tensor, temperature: float = 1.0, vocab_size: int | Non
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
-            f"temperature is {temperature}, expected a positive number (for greedy decoding take the argmax)"
+            f"temperature is {temperature}, expected a positive number; for greedy decoding take the argmax"
         )
     logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits / temperature
@@ -59,16 +60,18 @@ def token_logprobs(
     targets_M: Tensor,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    chunk: int = 8192,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, [M] and [M] fp32, both differentiable.
 
     `hidden_MD[i]` is the hidden state that predicts `targets_M[i]` (the shift by one is the caller's). No tensor larger
-    than [M, chunk] is made: `chunk` rows of the head are walked at a time, forward and again backward. Walking the
-    vocabulary and not the tokens makes each row of the weight's gradient one product over all tokens, rounded to the
-    weight's dtype once, where chunks of tokens would add up in bf16. Tokens whose incoming gradient is 0 are skipped.
+    than [M, chunk] is made: `chunk` rows of the head are walked at a time, forward and again backward; None chooses
+    about 2^24 logits, whatever M is. Walking the vocabulary and not the tokens makes each row of the weight's gradient
+    one product over all tokens, rounded to the weight's dtype once, where chunks of tokens would add up in bf16.
+    Tokens whose incoming gradient is 0 are skipped in the backward pass.
     """
     _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
+    chunk = max(1024, LOGITS_AT_ONCE // max(1, len(hidden_MD))) if chunk is None else chunk
     return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk)
 
 
@@ -86,13 +89,8 @@ def token_logprobs_eager(
 
 
 def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None) -> None:
-    if (
-        hidden.dim() != 2
-        or weight.dim() != 2
-        or hidden.shape[1] != weight.shape[1]
-        or targets.shape != hidden.shape[:1]
-    ):
-        shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+    shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+    if list(map(len, shapes)) != [2, 2, 1] or shapes[0][1] != shapes[1][1] or shapes[0][0] != shapes[2][0]:
         raise ValueError(f"hidden, head weight and targets are {shapes}, expected [M, D], [V, D] and [M]")
     if vocab_size is not None and not 0 < vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {weight.shape[0]}, the rows of the head")
@@ -109,10 +107,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, vocab_size, chunk):
-        stats = [
-            _slice_statistics(logits, targets, lo, temperature)
-            for lo, logits in _logit_slices(hidden, weight, vocab_size, chunk)
-        ]
+        slices = _logit_slices(hidden, weight, vocab_size, chunk)
+        stats = [_slice_statistics(logits, targets, lo, temperature) for lo, logits in slices]
         lse_BM, mean_BM, target_logit_BM = (torch.stack(column) for column in zip(*stats))
         lse = lse_BM.logsumexp(0)
         entropy = lse - ((lse_BM - lse).exp() * mean_BM).sum(0)
@@ -240,9 +236,7 @@ def weighted_sum(terms: Tensor, weights: Tensor) -> Tensor:
 def _episode_of_token(lengths: Tensor, M: int, device: torch.device) -> Tensor:
     """[3, 1] -> [0, 0, 0, 1], on `device`. Raises where the lengths do not add up to M."""
     if lengths.dim() != 1 or int(lengths.sum()) != M:
-        raise ValueError(
-            f"lengths {tuple(lengths.shape)} add up to {int(lengths.sum())}, expected [E] adding up to {M} tokens"
-        )
+        raise ValueError(f"lengths are {lengths.tolist()}, expected [E] numbers that add up to the {M} tokens")
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths).to(device)
 
 
@@ -260,7 +254,7 @@ def _check_flat(M: int, **tensors: Tensor | None) -> None:
 
 
 class PolicyTerms(NamedTuple):
-    """All [M]. `loss` carries the gradient, the others are for metrics: detached ratio, and where the clip bites."""
+    """All [M]. `loss` carries the gradient; the rest is for metrics: the detached ratio, and where the clip bites."""
 
     loss: Tensor
     ratio: Tensor
@@ -269,14 +263,20 @@ class PolicyTerms(NamedTuple):
 
 
 class PolicyInputs(NamedTuple):
-    """What a loss sees, all [M]: advantages are already spread over the tokens, tokens not kept hold zeros."""
+    """What a loss sees: [M] tensors with zeros where a token is not kept, and the options with their defaults."""
 
     logp: Tensor
     log_ratio: Tensor
-    advantage: Tensor
+    advantage: Tensor  # its episode's
     keep: Tensor
-    episode: Tensor  # index of the token's episode
+    episode: Tensor  # its episode's index, 0 to E - 1
     E: int
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2  # DAPO's clip-higher: 0.28; gspo wants both near 3e-4
+    delta: float | None = None  # dual clip: an upper bound of the ratio, above 1 + epsilon_high
+    cispo_epsilon_max: float = 5.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
 
 
 def policy_loss(
@@ -286,72 +286,68 @@ def policy_loss(
     lengths: Tensor,
     *,
     loss_type: str = "dapo",
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
-    cispo_epsilon_max: float = 5.0,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
     keep: Tensor | None = None,
+    **options: float | None,
 ) -> PolicyTerms:
     """The policy loss of every token, before weights: see `token_weights` and `weighted_sum`.
 
     logp and old_logp [M], advantages [E] (one an episode, spread over its tokens here), lengths [E] (whole episodes,
-    end to end), keep [M] or None. DAPO's clip-higher is `epsilon_high` > `epsilon_low` (0.28 and 0.2); gspo wants both
-    near 3e-4. Raises ValueError for an unknown loss, wrong shapes, and a `delta` inside the clip range.
+    end to end), keep [M] or None, options: those of `PolicyInputs`. Raises ValueError for an unknown loss, wrong shapes
+    and a `delta` inside the clip range, TypeError for an unknown option.
     """
     _check_loss_type(loss_type)
     M, E = logp.numel(), lengths.numel()
     _check_flat(M, logp=logp, old_logp=old_logp, keep=keep)
     if advantages.shape != (E,):
         raise ValueError(f"advantages have shape {tuple(advantages.shape)}, expected [{E}]: one per episode")
-    if delta is not None and delta <= 1 + epsilon_high:
-        raise ValueError(f"delta is {delta}, expected more than 1 + epsilon_high = {1 + epsilon_high}, or None")
     keep = torch.ones_like(logp, dtype=torch.bool) if keep is None else keep
     episode = _episode_of_token(lengths, M, logp.device)
     logp, old_logp = torch.where(keep, logp, 0.0), torch.where(keep, old_logp, 0.0)
-    inputs = PolicyInputs(logp, logp - old_logp, advantages.to(logp)[episode], keep, episode, E)
-    options = {
-        "clip": {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta},
-        "cispo": {"epsilon_max": cispo_epsilon_max},
-        "sapo": {"temperature_pos": sapo_temperature_pos, "temperature_neg": sapo_temperature_neg},
-    }
-    loss, ratio, low, high = POLICY_LOSSES[loss_type](inputs, **options.get(loss_type, options["clip"]))
+    x = PolicyInputs(logp, logp - old_logp, advantages.to(logp)[episode], keep, episode, E, **options)
+    if x.delta is not None and x.delta <= 1 + x.epsilon_high:
+        raise ValueError(f"delta is {x.delta}, expected more than 1 + epsilon_high = {1 + x.epsilon_high}, or None")
+    loss, ratio, low, high = POLICY_LOSSES[loss_type](x)
     return PolicyTerms(torch.where(keep, loss, 0.0), ratio.detach(), low & keep, high & keep)
 
 
-def clipped_surrogate(x: PolicyInputs, epsilon_low: float, epsilon_high: float, delta: float | None) -> PolicyTerms:
+def clipped_surrogate(x: PolicyInputs) -> PolicyTerms:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv 1707.06347, eq. 7), clip-higher (DAPO, arXiv 2503.14476).
 
     `delta` bounds r itself, so that a token of negative advantage whose ratio has run away loses its pull: dual-clip
     PPO (arXiv 1912.09729), brought to GRPO by INTELLECT-2 (arXiv 2505.07291).
     """
-    return _clip(safe_exp(x.log_ratio), x.advantage, epsilon_low, epsilon_high, delta)
+    return _clip(safe_exp(x.log_ratio), x)
 
 
-def sequence_surrogate(x: PolicyInputs, epsilon_low: float, epsilon_high: float, delta: float | None) -> PolicyTerms:
+def sequence_surrogate(x: PolicyInputs) -> PolicyTerms:
     """The same with one ratio an episode, the geometric mean of its tokens': GSPO (arXiv 2507.18071, eqs. 5 and 7)."""
     count = _segment_sum(x.keep.to(x.logp), x.episode, x.E).clamp(min=1)
-    ratio = safe_exp(_segment_sum(x.log_ratio, x.episode, x.E) / count)[x.episode]
-    return _clip(ratio, x.advantage, epsilon_low, epsilon_high, delta)
+    return _clip(safe_exp(_segment_sum(x.log_ratio, x.episode, x.E) / count)[x.episode], x)
 
 
-def cispo(x: PolicyInputs, epsilon_max: float) -> PolicyTerms:
+def _clip(ratio: Tensor, x: PolicyInputs) -> PolicyTerms:
+    clipped = ratio.clamp(1 - x.epsilon_low, 1 + x.epsilon_high)
+    bounded = ratio if x.delta is None else ratio.clamp(max=x.delta)
+    low = (ratio < 1 - x.epsilon_low) & (x.advantage < 0)
+    high = (ratio > 1 + x.epsilon_high) & (x.advantage > 0)
+    return PolicyTerms(-torch.min(bounded * x.advantage, clipped * x.advantage), ratio, low, high)
+
+
+def cispo(x: PolicyInputs) -> PolicyTerms:
     """-sg(min(r, epsilon_max)) A log pi: the weight is clipped, and no token loses its gradient.
 
     MiniMax-M1 (arXiv 2506.13585, eq. 4) without the lower bound, as TRL and ScaleRL (arXiv 2510.13786) have it.
     """
     ratio = safe_exp(x.log_ratio)
-    high = (ratio > epsilon_max) & (x.advantage > 0)
-    return PolicyTerms(
-        -ratio.clamp(max=epsilon_max).detach() * x.advantage * x.logp, ratio, torch.zeros_like(high), high
-    )
+    high = (ratio > x.cispo_epsilon_max) & (x.advantage > 0)
+    weight = ratio.clamp(max=x.cispo_epsilon_max).detach()
+    return PolicyTerms(-weight * x.advantage * x.logp, ratio, torch.zeros_like(high), high)
 
 
-def sapo(x: PolicyInputs, temperature_pos: float, temperature_neg: float) -> PolicyTerms:
+def sapo(x: PolicyInputs) -> PolicyTerms:
     """-sigmoid(tau (r - 1)) 4 / tau A: a smooth gate of slope 1 at r = 1 replaces the clip (SAPO, arXiv 2511.20347)."""
     ratio = safe_exp(x.log_ratio)
-    tau = torch.full_like(ratio, temperature_neg).masked_fill(x.advantage > 0, temperature_pos)
+    tau = torch.full_like(ratio, x.sapo_temperature_neg).masked_fill(x.advantage > 0, x.sapo_temperature_pos)
     never = torch.zeros_like(x.keep)
     return PolicyTerms(-torch.sigmoid(tau * (ratio - 1)) * 4 / tau * x.advantage, ratio, never, never)
 
@@ -367,16 +363,6 @@ POLICY_LOSSES: dict[str, Callable[..., PolicyTerms]] = {
 }
 
 
-def _clip(
-    ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
-) -> PolicyTerms:
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    low = (ratio < 1 - epsilon_low) & (advantage < 0)
-    high = (ratio > 1 + epsilon_high) & (advantage > 0)
-    return PolicyTerms(-torch.min(bounded * advantage, clipped * advantage), ratio, low, high)
-
-
 def safe_exp(x: Tensor) -> Tensor:
     """exp(x) up to x = 20, its tangent beyond: never infinite, and its gradient neither infinite nor lost."""
     return x.clamp(max=LOG_RATIO_LIMIT).exp() * (1 + F.relu(x - LOG_RATIO_LIMIT))
@@ -385,3 +371,195 @@ def safe_exp(x: Tensor) -> Tensor:
 def _check_loss_type(loss_type: str) -> None:
     if loss_type not in POLICY_LOSSES:
         raise ValueError(f"loss_type is {loss_type!r}, expected one of {', '.join(POLICY_LOSSES)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- divergence
+
+
+def kl_penalty(
+    logp: Tensor,
+    ref_logp: Tensor,
+    estimator: str = "k3",
+    *,
+    kl_target: float = 0.0,
+    old_logp: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Divergence term [M] of each token, for samples of the policy; 0 at equal policies (below `kl_target` for `kl`).
+
+    k1, k2, k3 (Schulman 2020, joschu.net/blog/kl-approx.html) estimate KL(policy || reference). d = ref_logp - logp:
+
+      k1         -d               unbiased, any sign    as a loss its expected gradient is 0: put it into the reward
+      k2         d^2 / 2          biased, small spread  gradient of KL(policy || reference), exact on policy
+      k3         exp(d) - d - 1   unbiased, >= 0        gradient of KL(reference || policy), the other direction
+      kl         max(0, d - kl_target)                  biased; pulls only tokens that became less likely (GRPO-Mini)
+      approx_kl  exp(d) - d - 1                         k3 under GRPO-Mini's name, against the rollout policy
+
+    Against the rollout policy, give its log-probabilities as `ref_logp`. With `old_logp` the term is multiplied by
+    policy / old policy, gradient included: then k3 has the gradient of KL(policy || reference), off policy as well
+    (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl). No gradient reaches the reference.
+    """
+    _check_flat(logp.numel(), logp=logp, ref_logp=ref_logp, old_logp=old_logp, keep=keep)
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
+    old = logp if old_logp is None else old_logp
+    if keep is not None:  # zeros before the arithmetic: every estimator is 0 there, with gradient 0
+        logp, ref_logp, old = (torch.where(keep, x, 0.0) for x in (logp, ref_logp, old))
+    term = KL_ESTIMATORS[estimator](ref_logp.detach() - logp, kl_target)
+    return term if old_logp is None else term * safe_exp(logp - old.detach())
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "k1": lambda d, target: -d,
+    "k2": lambda d, target: d.square() / 2,
+    "k3": lambda d, target: safe_exp(d) - d - 1,
+    "kl": lambda d, target: F.relu(d - target),
+    "approx_kl": lambda d, target: safe_exp(d) - d - 1,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- entropy
+
+
+def entropy_bonus(entropy: Tensor, weights: Tensor, coef: float) -> Tensor:
+    """-coef * mean entropy, a scalar to add to the loss; with dapo's weights the mean is over the step's tokens."""
+    return -coef * weighted_sum(entropy, weights)
+
+
+def adapt_entropy_coef(
+    coef: float, entropy: float, target: float, step: float = 0.005, low: float = 0.0, high: float = 1.0
+) -> tuple[float, float]:
+    """From a step's mean entropy (nats): the new coefficient, and what the next step is to apply (0 above the target).
+
+    Up a step at or below the target, down a step above it (Skywork-OR1, arXiv 2505.22312).
+    """
+    hungry = entropy <= target
+    coef = min(coef + step, high) if hungry else max(coef - step, low)
+    return coef, coef if hungry else 0.0
+
+
+def top_entropy_mask(entropy: Tensor, share: float, keep: Tensor | None = None) -> Tensor:
+    """True [M] for the `share` (0 to 1) of kept tokens of highest entropy: "Beyond the 80/20 rule", arXiv 2506.01939.
+
+    Multiply it into the policy weights; denominators and KL stay as they are (TRL's top_entropy_quantile). The quantile
+    is over the tokens given: give it a whole step's, or the mask depends on the micro-batches.
+    """
+    keep = torch.ones_like(entropy, dtype=torch.bool) if keep is None else keep
+    _check_flat(entropy.numel(), entropy=entropy, keep=keep)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share of tokens is {share}, expected 0 to 1")
+    if not keep.any():
+        return keep
+    return keep & (entropy >= torch.quantile(entropy.detach()[keep], 1 - share))
+
+
+# ------------------------------------------------------------------------------------------------------ off-policy care
+
+
+def importance_weights(
+    trainer_old_logp: Tensor,
+    rollout_logp: Tensor,
+    lengths: Tensor,
+    mode: str = "sequence_mask",
+    cap: float | None = 3.0,
+    floor: float | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Detached factor [M] for the policy terms that undoes the gap between sampler and trainer at the same weights.
+
+    r = trainer's / sampler's probability of the token (mode `token_*`) or of the whole answer (`sequence_*`).
+    `*_truncate` clamps r into [floor, cap], `*_mask` gives 0 to what lies outside; as TRL 1.16's
+    vllm_importance_sampling_mode. A token without a sampler's log-probability (NaN) counts as equal.
+    """
+    if mode not in IMPORTANCE_MODES:
+        raise ValueError(f"importance mode is {mode!r}, expected one of {', '.join(IMPORTANCE_MODES)}")
+    M, E = trainer_old_logp.numel(), lengths.numel()
+    _check_flat(M, trainer_old_logp=trainer_old_logp, rollout_logp=rollout_logp, keep=keep)
+    log_ratio = (trainer_old_logp - rollout_logp).detach().nan_to_num(nan=0.0)
+    log_ratio = log_ratio if keep is None else torch.where(keep, log_ratio, 0.0)
+    if mode.startswith("sequence"):
+        episode = _episode_of_token(lengths, M, log_ratio.device)
+        log_ratio = _segment_sum(log_ratio, episode, E)[episode]
+    ratio = safe_exp(log_ratio)
+    low, high = -math.inf if floor is None else floor, math.inf if cap is None else cap
+    if mode.endswith("truncate"):
+        return ratio.clamp(low, high)
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
+IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+# ---------------------------------------------------------------------------------------------------- optimal transport
+
+
+def transport_cost(
+    hidden_new: Tensor,
+    hidden_old: Tensor,
+    window: int,
+    regularisation: float = 0.1,
+    iterations: int = 20,
+    marginals: tuple[Tensor, Tensor] | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Entropic transport cost between one answer's last hidden states in two policies, each [T, D]; a scalar.
+
+    A pair of tokens costs 1 - cosine, only tokens at most `window` apart may pair, and the sum of plan * cost is
+    divided by the number of kept tokens (none kept: 0). `marginals`: positive masses [T] of new and of old tokens, by
+    default 1 each. The plan is Sinkhorn's in the log domain (Cuturi, arXiv 1306.0895; Peyre and Cuturi, arXiv
+    1803.00567, section 4.4); the gradient goes through its iterations into `hidden_new` alone. Only the band of
+    neighbours is worked on: [T, J], row i a token, its columns the J = 2 window + 1 tokens around i.
+    Raises ValueError for wrong shapes and for numbers out of range.
+    """
+    shapes, T = (tuple(hidden_new.shape), tuple(hidden_old.shape)), len(hidden_new)
+    keep = torch.ones(T, dtype=torch.bool, device=hidden_new.device) if keep is None else keep
+    mass_new, mass_old = (torch.ones(T, device=keep.device),) * 2 if marginals is None else marginals
+    _check_flat(T, keep=keep, mass_new=mass_new, mass_old=mass_old)
+    if hidden_new.dim() != 2 or shapes[0] != shapes[1]:
+        raise ValueError(f"hidden states are {shapes[0]} and {shapes[1]}, expected [T, D] twice")
+    if window < 0 or iterations < 1 or not (regularisation > 0 and mass_new.gt(0).all() and mass_old.gt(0).all()):
+        options = f"window {window}, regularisation {regularisation}, iterations {iterations}"
+        raise ValueError(f"{options}: expected >= 0, > 0, >= 1, and positive marginals")
+    position = keep.nonzero().squeeze(-1)
+    dtype = torch.promote_types(hidden_new.dtype, torch.float32)
+    new, old = (F.normalize(x[position].to(dtype), dim=-1) for x in (hidden_new, hidden_old.detach()))
+    log_new, log_old = (mass[position].to(dtype).log() for mass in (mass_new, mass_old))
+    neighbour, allowed = _band(position, window)
+    cost = 1 - new @ old.T
+    cost, cost_T = cost.gather(1, neighbour), cost.T.gather(1, neighbour)  # a new token's partners, an old token's
+    kernel, kernel_T = (torch.where(allowed, -c / regularisation, -math.inf) for c in (cost, cost_T))
+    g = torch.zeros_like(log_old)
+    for _ in range(iterations):
+        f = log_new - (kernel + g[neighbour]).logsumexp(-1)
+        g = log_old - (kernel_T + f[neighbour]).logsumexp(-1)
+    plan = (f[:, None] + kernel + g[neighbour]).exp()
+    return (plan * cost).sum() / max(1, len(position))
+
+
+def _band(position: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """For kept tokens at these positions: [T, J] indices of the J nearest, and which of them are within the window."""
+    T = len(position)
+    reach = min(window, max(0, T - 1))
+    offset = torch.arange(-reach, reach + 1, device=position.device)
+    neighbour = torch.arange(T, device=position.device)[:, None] + offset
+    inside = (neighbour >= 0) & (neighbour < T)
+    neighbour = neighbour.clamp(0, max(0, T - 1))
+    return neighbour, inside & ((position[neighbour] - position[:, None]).abs() <= window)
+
+
+def transport_penalty(
+    hidden_new: Tensor,
+    hidden_old: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None = None,
+    ot_target: float = 0.0,
+    **options,
+) -> Tensor:
+    """max(0, OT - ot_target) of each episode, [E], for flat hidden states [M, D]; options are `transport_cost`'s.
+
+    The loss is its mean over the step's episodes (GRPO-Mini's `ot`).
+    """
+    sizes = lengths.tolist()
+    keep = torch.ones(len(hidden_new), dtype=torch.bool, device=hidden_new.device) if keep is None else keep
+    answers = zip(hidden_new.split(sizes), hidden_old.split(sizes), keep.split(sizes))
+    return F.relu(torch.stack([transport_cost(new, old, keep=k, **options) for new, old, k in answers]) - ot_target)
