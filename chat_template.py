@@ -124,7 +124,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return True
 
     def charge(self, value: Any, by_item: bool = False) -> Any:
-        """Pay for `value` and all inside it, as often as it is inside. An iterator comes back to be paid as it is drawn."""
+        """Pay for `value` and all inside it, as often as it is inside. An iterator comes back to pay as it is drawn."""
         if by_item and isinstance(value, str):
             self.spend(len(value))
         stack = [value]
