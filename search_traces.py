@@ -1,0 +1,132 @@
+"""Worked examples for a warm start: an honest guess-and-check search for a Countdown problem, written out.
+
+    7*3=21, 21+5=26 no
+    5+3=8, 8*7=56 no
+    7-3=4, 5*4=20 ok
+    </think>
+    <answer>5*(7-3)</answer>
+
+Every sum is true, no attempt is made twice, and a search that finds nothing says `give up` and answers with its
+closest attempt: a model that has an honest way to end needs no dishonest one. The searcher is lazy and careless on
+purpose. How lazy and how careless is drawn anew for every trace (`Searcher`) and stands nowhere in the text, so a model
+that imitates the mix has all of these habits, and reinforcement learning has something to choose from.
+
+    rng = random.Random(0)
+    text = write_trace([7, 3, 5], 20, draw_searcher(rng), rng, room=184, count_tokens=len)
+
+To keep the arithmetic small enough for a tiny model, the larger number stands left, results are whole, above 0 and at
+most `LARGEST_RESULT`. Of the generator's problems with numbers up to 25 this leaves 99% solvable.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LARGEST_RESULT = 150
+MAX_DRAWS = 60  # of attempts: those made before and those without a result in range are drawn again
+
+
+class Value(NamedTuple):
+    """A number of the problem, or a result, and the expression that makes it."""
+
+    number: int
+    text: str
+
+
+class Step(NamedTuple):
+    """One sum: `shown` is what stands in the trace, `value` what there is afterwards."""
+
+    shown: str
+    value: Value
+
+
+@dataclass(frozen=True)
+class Searcher:
+    """The habits of one search."""
+
+    patience: int  # attempts before giving up
+    notice: float  # chance to see, when two numbers are left, which operation comes closest to the target
+    thoughts: int  # attempts in mind of which the closest is written down; 1: a blind guess
+
+
+def draw_searcher(rng: random.Random) -> Searcher:
+    """Mostly lazy and blind, sometimes stubborn, sometimes attentive."""
+    patience = rng.choice((1, 1, 1, 1, 2, 2, 3, 99))
+    notice = rng.choice((0.0, 0.0, 0.0, 0.5, 1.0))
+    return Searcher(patience, notice, thoughts=rng.choice((1, 1, 1, 3)))
+
+
+def write_trace(
+    numbers: Sequence[int],
+    target: int,
+    searcher: Searcher,
+    rng: random.Random,
+    room: int,
+    count_tokens: Callable[[str], int],
+) -> str:
+    """The response to a problem, from its first attempt to `</answer>`, in at most `room` tokens.
+
+    A search that has no room for another attempt gives up as an impatient one does. Raises ValueError where `room` does
+    not hold the first attempt and its answer.
+    """
+    text, closest, seen, attempts = "", None, set(), 0
+    for _ in range(MAX_DRAWS):
+        if attempts >= searcher.patience or (closest and closest.number == target):
+            break
+        steps = _closest_of(searcher.thoughts, numbers, target, searcher.notice, rng)
+        line = ", ".join(step.shown for step in steps)
+        if not steps or line in seen:
+            continue
+        last = steps[-1].value
+        best = last if closest is None or abs(last.number - target) < abs(closest.number - target) else closest
+        longer = text + line + (" ok\n" if last.number == target else " no\n")
+        if count_tokens(longer + _ending(best, target)) > room:
+            break
+        text, closest, attempts = longer, best, attempts + 1
+        seen.add(line)
+    if closest is None:
+        raise ValueError(f"{room} tokens do not hold one attempt at {list(numbers)} = {target}; give more room")
+    return text + _ending(closest, target)
+
+
+def _ending(closest: Value, target: int) -> str:
+    gives_up = "" if closest.number == target else "give up\n"
+    return f"{gives_up}</think>\n<answer>{closest.text.removeprefix('(').removesuffix(')')}</answer>"
+
+
+def _closest_of(n: int, numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:
+    """The closest of `n` random attempts; [] where none of them could be finished."""
+    attempts = [_attempt(numbers, target, notice, rng) for _ in range(n)]
+    finished = [steps for steps in attempts if steps]
+    return min(finished, key=lambda steps: abs(steps[-1].value.number - target), default=[])
+
+
+def _attempt(numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:
+    """Combine two random numbers by a random operation until one is left; [] where none has a result in range."""
+    values, steps = [Value(n, str(n)) for n in numbers], []
+    while len(values) > 1:
+        pair = [values.pop(rng.randrange(len(values))) for _ in range(2)]
+        possible = _sums(*sorted(pair, key=lambda value: -value.number))
+        if not possible:
+            return []
+        if not values and rng.random() < notice:
+            steps.append(min(possible, key=lambda step: abs(step.value.number - target)))
+        else:
+            steps.append(rng.choice(possible))
+        values.append(steps[-1].value)
+    return steps
+
+
+def _sums(a: Value, b: Value) -> list[Step]:
+    """What can be made of a >= b: whole results from 1 to LARGEST_RESULT."""
+    results = {"+": a.number + b.number, "-": a.number - b.number, "*": a.number * b.number}
+    if b.number and a.number % b.number == 0:
+        results["/"] = a.number // b.number
+    return [
+        Step(f"{a.number}{operator}{b.number}={result}", Value(result, f"({a.text}{operator}{b.text})"))
+        for operator, result in results.items()
+        if 1 <= result <= LARGEST_RESULT
+    ]

@@ -1,0 +1,240 @@
+"""The warm start: honest traces, a tokenizer that suits them, a loss on responses only, and the bundled checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import warm_start
+from expressions import evaluate_expression, false_sums
+from math_task import CountdownTask
+from qwen2_llm import Qwen2ForCausalLM
+from search_traces import Searcher, draw_searcher, write_trace
+from tokenizer import Tokenizer
+from warm_start import Options
+
+ASSET = Path(__file__).parents[1] / "assets" / "countdown-tiny"
+TASK = CountdownTask(numbers=(3, 4), max_number=25, prompt_style="short")
+
+
+def traces(n: int, room: int = 300):
+    rng = random.Random(5)
+    for problem in TASK.problems("train", n):
+        numbers, target = problem.target["numbers"], problem.target["target"]
+        yield problem, write_trace(numbers, target, draw_searcher(rng), rng, room, count_tokens=len)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    warm_start.make_tokenizer(folder, warm_start.tokenizer_texts(TASK, seed=0, n=300))
+    return Tokenizer.from_pretrained(folder)
+
+
+# --- traces
+
+
+def test_every_sum_in_a_trace_is_true_and_uses_each_number_once():
+    for problem, trace in traces(300):
+        assert false_sums(trace)[0] == 0
+        for line in trace.split("\n</think>")[0].removesuffix("\ngive up").split("\n"):
+            have = list(problem.target["numbers"])
+            for shown in line.rsplit(" ", 1)[0].split(", "):
+                used = evaluate_expression(shown.split("=")[0])[1]
+                for number in used:
+                    have.remove(number)
+                have.append(int(shown.split("=")[1]))
+            assert len(have) == 1
+            assert line.endswith(" ok" if have == [problem.target["target"]] else " no")
+
+
+def test_a_trace_has_the_full_format_and_is_solved_exactly_when_it_says_ok():
+    outcomes = set()
+    for problem, trace in traces(300):
+        reward = TASK.reward(problem, trace)
+        assert reward.parts["format"] == 1.0
+        assert (reward.parts["answer"] == 1.0) == (" ok\n" in trace) == ("give up" not in trace)
+        outcomes.add(reward.parts["answer"])
+    assert outcomes == {0.0, 1.0}
+
+
+def test_no_attempt_is_made_twice():
+    stubborn = Searcher(patience=99, notice=0.0, thoughts=1)
+    for seed in range(50):
+        trace = write_trace([1, 2, 2], 97, stubborn, random.Random(seed), room=2000, count_tokens=len)
+        attempts = trace.split("\n")[:-3]
+        assert len(attempts) > 5
+        assert len(set(attempts)) == len(attempts)
+
+
+def test_giving_up_answers_with_the_closest_attempt():
+    stubborn = Searcher(patience=99, notice=0.0, thoughts=1)
+    for seed in range(30):
+        trace = write_trace([7, 3, 5], 90, stubborn, random.Random(seed), room=2000, count_tokens=len)
+        results = [int(line.rsplit("=", 1)[1].removesuffix(" no")) for line in trace.split("\n")[:-3]]
+        answer = trace.split("<answer>")[1].removesuffix("</answer>")
+        assert "give up" in trace
+        assert abs(evaluate_expression(answer)[0] - 90) == min(abs(result - 90) for result in results)
+
+
+def test_a_trace_fits_the_room_it_is_given():
+    """An episode that outgrows the cap on new tokens would be cut, and its honest end lost."""
+    stubborn = Searcher(patience=99, notice=0.0, thoughts=1)
+    longest = 0
+    for seed in range(100):
+        trace = write_trace([21, 13, 5, 8], 99, stubborn, random.Random(seed), room=150, count_tokens=len)
+        assert len(trace) <= 150
+        longest = max(longest, len(trace))
+    assert longest > 110  # it uses the room, too
+    with pytest.raises(ValueError, match="more room"):
+        write_trace([21, 13, 5, 8], 99, stubborn, random.Random(0), room=30, count_tokens=len)
+
+
+def test_noticing_and_thinking_find_more():
+    """The habits that reinforcement learning shall choose from make a difference to begin with."""
+    rng, solved = random.Random(0), {}
+    for habits in ((0.0, 1), (1.0, 1), (0.0, 5)):
+        searcher = Searcher(1, *habits)
+        problems = [p.target for p in TASK.problems("train", 400)]
+        texts = [write_trace(p["numbers"], p["target"], searcher, rng, 300, len) for p in problems]
+        solved[habits] = sum(" ok\n" in text for text in texts) / 400
+    assert solved[0.0, 1] < 0.2 < solved[1.0, 1]
+    assert solved[0.0, 5] > 0.25
+
+
+# --- the tokenizer
+
+
+def test_digits_line_breaks_and_tags_are_tokens_of_their_own(tokenizer):
+    trace = "12*13=156, 156-4=152 no\ngive up\n</think>\n<answer>(12*13)-4</answer>"
+    ids = tokenizer.encode(trace)
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert "".join(pieces) == trace
+    assert [p for p in pieces if p.isdigit()] == [c for c in trace if c.isdigit()]
+    assert pieces.count("\n") == 3
+    assert not any("\n" in p for p in pieces if p != "\n")
+    assert {"</think>", "<answer>", "</answer>", " no", ", "} <= set(pieces)
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    text = "Grüße, 世界!\t\x00  \r\n the (quick) fox's 3.14 ** 2 <think> </answer>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_stop_ids_and_padding(tokenizer):
+    im_end, end_of_text = tokenizer.encode("<|im_end|>")[0], tokenizer.encode("<|endoftext|>")[0]
+    assert set(tokenizer.eos_token_ids) == {im_end, end_of_text}
+    assert tokenizer.pad_token_id == end_of_text
+    assert tokenizer.vocab_size <= 576
+
+
+def test_the_prompt_is_short(tokenizer):
+    problem = TASK.problem([24, 13, 5, 11], target=97)
+    prompt = tokenizer.render_chat(TASK.prompt(problem)) + problem.response_prefix
+    assert prompt.endswith("[24, 13, 5, 11] = 97<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert len(tokenizer.encode(prompt)) <= 32
+
+
+# --- training
+
+
+def tiny(tokenizer) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_config(warm_start.tiny_config(tokenizer), seed=1)
+
+
+def test_the_loss_is_the_cross_entropy_of_responses_and_their_stop_token(tokenizer):
+    """CHECKLIST 8: the stop token is learnt; the prompt is not."""
+    model = tiny(tokenizer)
+    stream = warm_start.examples(TASK, tokenizer, Options())
+    batch = list(itertools.islice(stream, 5))
+    assert all(example.response_ids[-1] == tokenizer.encode("<|im_end|>")[0] for example in batch)
+    total, count = torch.zeros(()), 0
+    for example in batch:  # one at a time, from whole logits
+        ids = torch.tensor([example.prompt_ids + example.response_ids])
+        logits = model(ids)[0, len(example.prompt_ids) - 1 : -1]
+        total = total + F.cross_entropy(logits, torch.tensor(example.response_ids), reduction="sum")
+        count += len(example.response_ids)
+    torch.testing.assert_close(warm_start.response_loss(model, batch), total / count)
+
+
+def test_examples_stay_within_the_room_and_are_training_problems(tokenizer):
+    stream = warm_start.examples(TASK, tokenizer, Options(room=100))
+    for index, example in enumerate(itertools.islice(stream, 100)):
+        problem = TASK.train_problem(index)
+        assert len(example.response_ids) <= 100
+        prompt = tokenizer.render_chat(TASK.prompt(problem)) + problem.response_prefix
+        assert example.prompt_ids == tokenizer.encode(prompt)
+
+
+def test_the_full_prompt_style_gets_a_line_break_before_the_trace(tokenizer):
+    task = CountdownTask(numbers=(3,), max_number=25, prompt_style="full")
+    example = next(warm_start.examples(task, tokenizer, Options(room=184)))
+    assert tokenizer.decode(example.prompt_ids).endswith("<think>")
+    text = tokenizer.decode(example.response_ids)
+    assert text[0] == "\n"
+    assert text[1].isdigit()
+
+
+def test_batches_lose_no_example():
+    stream = [warm_start.Example([0] * 3, [0] * n) for n in (4, 5, 6, 7, 8)]
+    found = list(warm_start.batches(iter(stream), batch_tokens=10))
+    assert [len(batch) for batch in found] == [2, 2, 1]
+    assert [example for batch in found for example in batch] == stream
+
+
+def test_from_nothing_to_a_folder_and_on_from_there(tmp_path, capsys):
+    """Both ways to call it; the same seed gives the same weights; training lowers the loss."""
+    options = {"tokens": 6000, "batch_tokens": 1000, "threads": 1, "eval_problems": 4}
+    for name in ("a", "b"):
+        warm_start.main(Options(out=str(tmp_path / name), **options))
+    weights = [Qwen2ForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert "sampled" in capsys.readouterr().out
+    warm_start.main(
+        Options(out=str(tmp_path / "c"), ckpt=str(tmp_path / "a"), room=250, **{**options, "eval_problems": 0})
+    )
+    moved = Qwen2ForCausalLM.from_pretrained(tmp_path / "c").state_dict()
+    assert not torch.equal(moved["model.norm.weight"], weights[0]["model.norm.weight"])
+    assert Tokenizer.from_pretrained(tmp_path / "c").vocab_size == Tokenizer.from_pretrained(tmp_path / "a").vocab_size
+
+
+def test_the_schedule_rises_and_falls_to_zero():
+    assert warm_start.cosine(0.01) == pytest.approx(0.5)
+    assert warm_start.cosine(0.5) == pytest.approx(0.5)
+    assert warm_start.cosine(1.0) == pytest.approx(0.0)
+
+
+# --- the bundled checkpoint
+
+
+def test_the_bundled_checkpoint_opens_in_transformers_with_equal_logits_and_ids():
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(ASSET), Tokenizer.from_pretrained(ASSET)
+    problem = TASK.problem([24, 13, 5], target=97)
+    prompt = tokenizer.render_chat(TASK.prompt(problem)) + problem.response_prefix
+    theirs = transformers.AutoTokenizer.from_pretrained(ASSET)
+    assert (
+        theirs.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True) + "<think>\n" == prompt
+    )
+    ids = tokenizer.encode(prompt)
+    assert theirs.encode(prompt, add_special_tokens=False) == ids
+    reference = transformers.AutoModelForCausalLM.from_pretrained(ASSET).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(torch.tensor([ids])), reference(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_the_bundled_checkpoint_searches_honestly_and_imperfectly():
+    """The start that the default run improves on: full format, hardly a false sum, a low but living solve rate."""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(ASSET), Tokenizer.from_pretrained(ASSET)
+    rates = warm_start.evaluate(model, tokenizer, TASK, 64, max_new_tokens=192, temperature=1.0)
+    assert rates["format"] >= 0.9
+    assert rates["false_sums"] <= 0.05
+    assert 0.05 <= rates["solved"] <= 0.5
+    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 5e6

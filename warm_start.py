@@ -1,0 +1,303 @@
+"""Supervised warm start: a model that has never searched learns the form of a search from written-out examples.
+
+    python warm_start.py --out assets/countdown-tiny                  # the bundled tiny model, from nothing, in minutes
+    python warm_start.py --ckpt FOLDER --out models/cold-started      # an existing checkpoint, in its own words
+
+From nothing: a small byte-pair tokenizer is trained on traces (search_traces.py), and then a Qwen2 of 0.83 M parameters
+on a stream of them that never repeats. With `--ckpt`, the checkpoint's own tokenizer, chat template and the full prompt
+style are used, and far fewer traces are enough. The traces are imperfect on purpose: what is learnt here is the form,
+honest arithmetic and a wide mix of habits; which of them solve problems is what GRPO finds out (train.py).
+
+The loss is the mean over response tokens, the stop token included; the prompt is read and not learnt. Texts lie end to
+end without padding. The same options and seed give the same weights on the same machine with the same thread count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import torch
+import tyro
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from attention import Layout, PackedAttention
+from data_types import Problem
+from generation import SamplingParams, generate
+from losses import token_logprobs
+from math_task import CountdownTask
+from optimizer import MemoryEfficientAdamW
+from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from search_traces import draw_searcher, write_trace
+from tokenizer import Tokenizer
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them
+# Digits and line breaks stand alone. A merge that glued verdict, line break and bracket together was seen to hurt.
+PIECES = r"\n|[0-9]|, | no| ok| = | ?[A-Za-z]+|[^A-Za-z0-9]"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass
+class Options:
+    """Defaults are those of the bundled model; with --ckpt, a fraction of `tokens` and of `lr` is right."""
+
+    out: str = "runs/warm-start"
+    """Folder to write the checkpoint to."""
+    ckpt: str | None = None
+    """Folder of a checkpoint to start from; None: a fresh tiny model with a fresh tokenizer."""
+    tokens: int = 24_000_000
+    """Tokens to train on, prompts included."""
+    batch_tokens: int = 3000
+    """Tokens an optimizer step; small batches stay in the cache and are twice as fast on a CPU."""
+    lr: float = 3e-3
+    """Highest learning rate; cosine to 0 after a short warm-up."""
+    room: int = 184
+    """Longest response, in tokens, its stop token included."""
+    numbers: tuple[int, ...] = (3, 4)
+    """How many numbers a problem may have; repeat one to see it more often."""
+    max_number: int = 25
+    """Largest number of a problem."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights; masters and moments are fp32 either way."""
+    threads: int = 2
+    """CPU threads. Another number gives other roundings and so another model."""
+    eval_problems: int = 512
+    """Held-out problems of the closing evaluation; 0: none."""
+    seed: int = 0
+    """Seed of weights, problems and traces."""
+
+
+# --- the tokenizer and the fresh model
+
+
+def make_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int = 576) -> None:
+    """Train a byte-level BPE on `texts` and write the tokenizer's files, so that transformers opens the folder."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    n_merged = vocab_size - len(SPECIAL_TOKENS) - len(TAGS)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # any text can be encoded, byte by byte if need be
+    trainer = trainers.BpeTrainer(vocab_size=n_merged, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 1024,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    end_of_text, _, im_end = (backend.token_to_id(token) for token in SPECIAL_TOKENS)
+    generation = {"eos_token_id": [im_end, end_of_text], "pad_token_id": end_of_text, "do_sample": True}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", generation)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def tiny_config(tokenizer: Tokenizer) -> Qwen2Config:
+    """About 0.83 M parameters."""
+    im_end = tokenizer.encode("<|im_end|>")[0]
+    return Qwen2Config.from_dict(
+        {
+            "model_type": "qwen2",
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": im_end,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
+
+
+def tokenizer_texts(task: CountdownTask, seed: int, n: int = 5000) -> Iterator[str]:
+    """Prompts and traces in plain text. `room` is in characters here: there are no tokens yet."""
+    rng = random.Random(f"tokenizer {seed}")
+    for index in range(n):
+        problem = task.train_problem(index)
+        numbers, target = problem.target["numbers"], problem.target["target"]
+        roles = "system\nuser\nassistant\n"
+        yield roles + problem.messages[-1]["content"] + "\n"
+        yield write_trace(numbers, target, draw_searcher(rng), rng, room=400, count_tokens=len)
+
+
+# --- examples and batches
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the response to learn, its stop token included."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def examples(task: CountdownTask, tokenizer: Tokenizer, options: Options) -> Iterator[Example]:
+    """An endless stream of training problems, each with one trace."""
+    stop = tokenizer.encode(tokenizer.special_tokens["eos_token"])
+    rng = random.Random(f"traces {options.seed}")
+    index = 0
+    while True:
+        problem = task.train_problem(index)
+        yield make_example(task, tokenizer, problem, rng, options.room, stop)
+        index += 1
+
+
+def make_example(
+    task: CountdownTask, tokenizer: Tokenizer, problem: Problem, rng: random.Random, room: int, stop: list[int]
+) -> Example:
+    prompt = tokenizer.render_chat(task.prompt(problem)) + problem.response_prefix
+    opening = "" if prompt.endswith("\n") else "\n"
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(opening + text)) + len(stop)
+
+    numbers, target = problem.target["numbers"], problem.target["target"]
+    trace = write_trace(numbers, target, draw_searcher(rng), rng, room, count_tokens)
+    return Example(tokenizer.encode(prompt), tokenizer.encode(opening + trace) + stop)
+
+
+def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Example]]:
+    """Batches of whole examples, each of at least `batch_tokens` tokens."""
+    batch, size = [], 0
+    for example in stream:
+        batch.append(example)
+        size += len(example)
+        if size >= batch_tokens:
+            yield batch
+            batch, size = [], 0
+
+
+# --- training
+
+
+def response_loss(model: Qwen2ForCausalLM, batch: list[Example]) -> Tensor:
+    """Mean cross-entropy of the response tokens, in nats."""
+    layout = Layout.causal([len(example) for example in batch])
+    ids = torch.tensor([i for e in batch for i in e.prompt_ids + e.response_ids], device=model.device)
+    learnt = torch.tensor([flag for e in batch for flag in [False] * len(e.prompt_ids) + [True] * len(e.response_ids)])
+    rows = learnt.nonzero()[:, 0].to(model.device)
+    hidden = model.hidden_states(ids, layout.positions(model.device), PackedAttention(layout))
+    logp, _ = token_logprobs(hidden[rows - 1], model.head_weight, ids[rows])  # token t from the row of t - 1
+    return -logp.mean()
+
+
+def cosine(done: float, warmup: float = 0.02) -> float:
+    """Share of the highest learning rate when the share `done` of the training is over."""
+    return min(done / warmup, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(model: Qwen2ForCausalLM, stream: Iterator[Example], options: Options) -> None:
+    """Train on `options.tokens` tokens of the stream, a line of progress every 500 steps."""
+    optimizer = MemoryEfficientAdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    seen, began, recent = 0, time.perf_counter(), []
+    for step, batch in enumerate(batches(stream, options.batch_tokens)):
+        if seen >= options.tokens:
+            return
+        seen += sum(map(len, batch))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * cosine(seen / options.tokens)
+        loss = response_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        if step % 500 == 0:
+            seconds = time.perf_counter() - began
+            print(f"{seen / 1e6:7.2f} M tokens {seconds:6.0f} s  {seen / seconds:7.0f} tokens/s  "
+                  f"loss {sum(recent) / len(recent):.4f}", flush=True)  # fmt: skip
+            recent = []
+
+
+# --- evaluation
+
+
+def evaluate(model, tokenizer: Tokenizer, task: CountdownTask, n: int, max_new_tokens: int, temperature: float) -> dict:
+    """Rates over the first `n` held-out problems, an answer each."""
+    problems = task.test_problems(n)
+    prompts = [tokenizer.render_chat(task.prompt(p)) + p.response_prefix for p in problems]
+    sampling = SamplingParams(n=1, max_new_tokens=max_new_tokens, temperature=temperature)
+    answers = generate(model, prompts, sampling, tokenizer=tokenizer, seed=0)
+    rewards = [task.reward(p, a.text) for p, a in zip(problems, answers, strict=True)]
+    sums = [task.diagnostics(p, a.text) for p, a in zip(problems, answers, strict=True)]
+    written = sum(s["sums"] for s in sums)
+    return {
+        "solved": sum(r.parts["answer"] for r in rewards) / n,
+        "format": sum(r.parts["format"] for r in rewards) / n,
+        "false_sums": sum(s["false_sums"] * s["sums"] for s in sums) / max(written, 1),
+        "mean_length": sum(len(a.response_ids) for a in answers) / n,
+        "truncated": sum(a.finish_reason == "length" for a in answers) / n,
+        "example": answers[0].text,
+    }
+
+
+def report(model, tokenizer: Tokenizer, task: CountdownTask, options: Options) -> None:
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        rates = evaluate(model, tokenizer, task, options.eval_problems, max_new_tokens=192, temperature=temperature)
+        example = rates.pop("example")
+        print(f"{name:8}", "  ".join(f"{key} {value:.4f}" for key, value in rates.items()))
+        print("        " + example.replace("\n", "\n        "))
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    style = "full" if options.ckpt else "short"
+    task = CountdownTask(numbers=options.numbers, max_number=options.max_number, prompt_style=style, seed=options.seed)
+    out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    if options.ckpt:
+        tokenizer = Tokenizer.from_pretrained(options.ckpt)
+        model = Qwen2ForCausalLM.from_pretrained(options.ckpt, dtype=dtype)
+    else:
+        make_tokenizer(out, tokenizer_texts(task, options.seed))
+        tokenizer = Tokenizer.from_pretrained(out)
+        model = Qwen2ForCausalLM.from_config(tiny_config(tokenizer), dtype=dtype, seed=options.seed)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{n_parameters / 1e6:.2f} M parameters, {tokenizer.vocab_size} tokens in the vocabulary")
+    train(model, examples(task, tokenizer, options), options)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"written to {out}")
+    if options.eval_problems:
+        report(model, tokenizer, task, options)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
