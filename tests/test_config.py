@@ -225,7 +225,7 @@ def runs(tmp_path, monkeypatch):
 def test_resume_brings_the_config_of_the_run_it_continues(runs):
     config = parse_args(["--resume", "--lr", "0.25"])
     assert (config.resume, config.run_dir, config.steps, config.lr) == ("latest", "runs/b", 70, 0.25)
-    assert parse_args(["--resume", "--run-dir=runs/a"]).run_dir == "runs/a"
+    assert parse_args(["--resume", "--run_dir=runs/a"]).run_dir == "runs/a"
     assert parse_args(["--resume", "runs/a"]).run_dir == "runs/a"
     config = parse_args(["--steps", "90", "--resume", "runs/a/checkpoints/step-000001"])
     assert (config.steps, Path(config.run_dir)) == (90, runs / "a")
