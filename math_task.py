@@ -12,37 +12,56 @@ is looked for: behind the thought only (rewards.py says the rule). The prompt's 
 any other answer: right for the numbers 1, 2, 3 and target 1, and for nothing else. "3 + 5 * 2 = 13" is an equation, not
 an expression, and earns no answer reward, as in the lineage.
 
+    make_task("arithmetic", num_terms=(2,))                  # by name: see TASKS
+    make_task("reasoning_gym:chain_sum")                     # pip install reasoning-gym
+    make_task("path/to/file.py:MyTask")                      # your own; task_base.py shows what it needs
+
+Its other files: task_base.py, what a task is; expressions.py, the parser; rewards.py, format and the answer's place;
+dataset_tasks.py, GSM8K, MATH, JSONL, reasoning-gym; sandbox.py, the worker for your own reward; task_files.py, reading.
+
 `python math_task.py math_tasks.jsonl` writes a file of arithmetic questions for `MathDataset("math_tasks.jsonl")`.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_types import Problem
+from dataset_tasks import Gsm8kTask, MathDataset, MathTask, ReasoningGymTask
 from expressions import ExpressionError, evaluate_expression, false_sums, plain_number
-from rewards import answer_block, format_reward
-from task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, shuffled_index
+from rewards import REWARD_PRESETS, answer_block, format_reward, soft_overlong_penalty
+from sandbox import SandboxedTask, user_task_class
+from task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, nearest, shuffled_index
 from task_files import Row, hold_out_last, read_rows
 
 __all__ = [
+    "REWARD_PRESETS",
+    "TASKS",
     "ArithmeticTask",
     "CountdownTask",
+    "Gsm8kTask",
     "MathDataset",
+    "MathTask",
     "QuestionTask",
-    "RowTask",
+    "ReasoningGymTask",
+    "SandboxedTask",
     "Task",
     "answer_block",
     "evaluate_expression",
     "false_sums",
     "format_reward",
+    "make_task",
     "plain_number",
+    "soft_overlong_penalty",
+    "task_from_config",
 ]
 
 COUNTDOWN_REQUEST = (
@@ -170,14 +189,17 @@ def _random_result(numbers: Sequence[int], generator: random.Random) -> int | No
 class ArithmeticTask(QuestionTask):
     """Questions such as "What is 12 + 7 * 3?" from a seeded generator; one question in ten is held out by its hash."""
 
-    mix: tuple[tuple[int, int], ...] = ((2, 2), (3, 1), (3, 2))  # (terms, digits of each), drawn with equal chance
+    num_terms: tuple[int, ...] = (2, 3)  # how many terms a question may have
+    num_digits: tuple[int, ...] = (1, 2)  # how many digits each of them has
+    mix: tuple[tuple[int, int], ...] | None = None  # pairs (terms, digits) instead of every combination of the two
     operators: str = "+-*"  # "/" may be among them; answers are then fractions such as 7/2
 
     def __post_init__(self):
         super().__post_init__()
-        self.mix = tuple(tuple(pair) for pair in self.mix)
-        if not self.mix or any(len(pair) != 2 or min(pair) < 1 or max(pair) > 12 for pair in self.mix):
-            raise ValueError(f"mix is {self.mix}; expected pairs (terms, digits), each from 1 to 12")
+        combinations = itertools.product(self.num_terms, self.num_digits) if self.mix is None else self.mix
+        self._mix = [tuple(pair) for pair in combinations]
+        if not self._mix or any(len(pair) != 2 or min(pair) < 1 or max(pair) > 12 for pair in self._mix):
+            raise ValueError(f"arithmetic has (terms, digits) {self._mix}; expected pairs, each number from 1 to 12")
         if not self.operators or set(self.operators) - set("+-*/"):
             raise ValueError(f"operators is {self.operators!r}; expected some of + - * /")
         self.train_problem(0), self.test_problem(0)  # settings that leave no problem are told now
@@ -197,7 +219,7 @@ class ArithmeticTask(QuestionTask):
         return draw_problem("arithmetic", self.seed, split, index, self._draw)
 
     def _draw(self, generator: random.Random) -> tuple[str, Row]:
-        terms, digits = generator.choice(self.mix)
+        terms, digits = generator.choice(self._mix)
         numbers = [generator.randrange(10 ** (digits - 1), 10**digits) for _ in range(terms)]
         expression = str(numbers[0])
         for number in numbers[1:]:
@@ -207,70 +229,51 @@ class ArithmeticTask(QuestionTask):
         return question, {"question": question, "answer": answer, "num_terms": terms, "num_digits": digits}
 
 
-@dataclass(kw_only=True)
-class RowTask(QuestionTask):
-    """A task over (question, answer) rows that a subclass reads: `_train` and `_test`, lists of such pairs."""
-
-    _train: list[tuple[str, str]] = field(default_factory=list, init=False, repr=False)
-    _test: list[tuple[str, str]] = field(default_factory=list, init=False, repr=False)
-
-    def train_problem(self, index: int) -> Problem:
-        return self.problem_from(*self._train[shuffled_index(len(self._train), self.seed, index)])
-
-    def test_problem(self, index: int) -> Problem:
-        return self.problem_from(*self._test[index])
+TASKS: dict[str, type[Task]] = {
+    "countdown": CountdownTask,
+    "arithmetic": ArithmeticTask,
+    "jsonl": MathDataset,
+    "gsm8k": Gsm8kTask,
+    "math": MathTask,
+}
+GYM = "reasoning_gym:"
 
 
-@dataclass
-class MathDataset(RowTask):
-    """A JSONL file of questions in the schema of tiny-grpo: question, answer, and (optional) num_terms, num_digits.
+def make_task(name: str, **options: Any) -> Task:
+    """The task of a name in TASKS, of reasoning_gym:NAME, or of path/to/file.py:MyTask, with the options of its class.
 
-    Iterating gives every (question, answer) of the file in order. As a task, the last `n_test` rows are held out.
-    Raises FileNotFoundError, or ValueError naming the line, for a file that does not hold such rows.
+    The reward of a task of your own runs in a worker process (sandbox.py). Raises ValueError or FileNotFoundError, in
+    one line, for an unknown name or option, the nearest known one beside it.
     """
-
-    path: str | Path = "math_tasks.jsonl"
-    n_test: int | None = None  # None: a tenth, at most 128
-    max_terms: int | None = None  # only questions with at most so many terms ...
-    max_digits: int | None = None  # ... and digits; rows that do not say how many are left out then
-
-    def __post_init__(self):
-        super().__post_init__()
-        path = self.path
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file; `python math_task.py {path}` writes one")
-        rows = read_rows(path, ("question", "answer"), optional=("num_terms", "num_digits"))
-        for number, row in enumerate(rows, start=1):
-            _check_question_row(f"{path}, row {number}", row)
-        self.rows = [row for row in rows if self._wanted(row)]
-        if not self.rows:
-            raise ValueError(f"{path}: no question with max_terms {self.max_terms} and max_digits {self.max_digits}")
-        train, test = hold_out_last(self.rows, self.n_test, path)
-        self._train, self._test = [list(map(_pair, part)) for part in (train, test)]
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return map(_pair, self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _wanted(self, row: Row) -> bool:
-        limits = {"num_terms": self.max_terms, "num_digits": self.max_digits}
-        return all(limit is None or row.get(key, limit + 1) <= limit for key, limit in limits.items())
+    known = task_options(name)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"task {name} has no option {option}{nearest(option, known)}")
+    if name in TASKS:
+        return TASKS[name](**options)
+    if name.startswith(GYM):
+        return ReasoningGymTask(dataset=name.removeprefix(GYM), **options)
+    return SandboxedTask(name, options)
 
 
-def _pair(row: Row) -> tuple[str, str]:
-    return row["question"], str(row["answer"])
+def task_options(name: str) -> list[str]:
+    """Names of the options that `make_task(name, ...)` takes."""
+    if name in TASKS:
+        cls = TASKS[name]
+    elif name.startswith(GYM):
+        cls = ReasoningGymTask
+    elif ":" in name or name.endswith(".py"):
+        cls = user_task_class(name)
+    else:
+        names = [*TASKS, GYM + "NAME", "path/to/file.py:MyTask"]
+        raise ValueError(f"task {name!r} is not known{nearest(name, names)}")
+    return [option for option in inspect.signature(cls).parameters if option != "dataset"]
 
 
-def _check_question_row(where: str, row: Row) -> None:
-    if not isinstance(row["question"], str) or not row["question"].strip():
-        raise ValueError(f"{where}: question is {row['question']!r}, expected text"[:300])
-    if isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
-        raise ValueError(f"{where}: answer is {row['answer']!r}, expected text or a number"[:300])
-    for key in ("num_terms", "num_digits"):
-        if key in row and (isinstance(row[key], bool) or not isinstance(row[key], int)):
-            raise ValueError(f"{where}: {key} is {row[key]!r}, expected a whole number"[:300])
+def task_from_config(config: Any) -> Task:
+    """The task `config.task`, with those of its options that the config has under the same name and are not None."""
+    options = {name: getattr(config, name, None) for name in task_options(config.task)}
+    return make_task(config.task, **{name: value for name, value in options.items() if value is not None})
 
 
 def write_math_tasks(path: str | Path, n: int = 1000, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What a response earns for its form: the format reward, and where its answer stands.
+"""What a response earns for its form: format, language, repetition, length; and where its answer stands.
 
 The format is that of the lineage (GRPO-Zero, NanoGRPO): the thought in `<think> </think>`, then white space, then the
 answer in `<answer> </answer>`, and nothing after. It departs from the lineage in two ways. Tags are found with
@@ -14,10 +14,34 @@ format but not the answer.
 
 from __future__ import annotations
 
+import re
+
 from data_types import Problem
 
 THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "</think>", "<answer>", "</answer>"
 THINK_CREDIT, ANSWER_CREDIT = 0.1, 0.5  # the lineage's partial credit for a pair of tags
+
+# Sets of weights that are known by what they pay: make_task("gsm8k", **REWARD_PRESETS["correct-format-language"])
+REWARD_PRESETS = {
+    "lineage": {"answer_weight": 1.0, "format_weight": 0.1},
+    "correct-format-language": {"answer_weight": 1.0, "format_weight": 0.25, "language_weight": 0.10},
+}
+
+MAX_JUDGED_CHARS = 20_000  # language and repetition look at so much of a text: bounded time
+_LETTER = re.compile(r"[^\W\d_]")
+_LATIN, _HAN = "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff", "\u3400-\u4dbf\u4e00-\u9fff"
+SCRIPTS = {
+    "latin": _LATIN,
+    "greek": "\u0370-\u03ff\u1f00-\u1fff",
+    "cyrillic": "\u0400-\u052f",
+    "hebrew": "\u0590-\u05ff",
+    "arabic": "\u0600-\u06ff\u0750-\u077f",
+    "devanagari": "\u0900-\u097f",
+    "thai": "\u0e00-\u0e7f",
+    "chinese": _HAN,
+    "japanese": _HAN + "\u3005\u3040-\u30ff",
+    "korean": "\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3",
+}
 
 
 def whole_text(problem: Problem, response: str) -> str:
@@ -64,3 +88,30 @@ def answer_block(text: str) -> str | None:
 def think_block(text: str) -> str:
     """The thought: what stands before the first `</think>`, all of it where the thought never ends."""
     return text.partition(THINK_CLOSE)[0].removeprefix(THINK_OPEN)
+
+
+def language_consistency(text: str, script: str) -> float:
+    """Share of the letters that belong to a script of SCRIPTS, 0 to 1; 1 where there are none (DeepSeek-R1, 2.3.1).
+
+    In steps of a tenth: advantages are divided by a group's deviation, so that a share of .998 beside .999 would turn a
+    single stray letter into a full-strength gradient.
+    """
+    letters = "".join(_LETTER.findall(text[:MAX_JUDGED_CHARS]))
+    own = len(re.findall(f"[{SCRIPTS[script]}]", letters))
+    return round(own / len(letters), 1) if letters else 1.0
+
+
+def repetition_penalty(text: str, n: int = 3) -> float:
+    """Minus the share of word n-grams that are repetitions, -1 to 0 (Yeo et al. 2025, arXiv 2502.03373, 4.3)."""
+    words = text[:MAX_JUDGED_CHARS].lower().split()
+    ngrams = list(zip(*(words[i:] for i in range(n))))
+    return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0
+
+
+def soft_overlong_penalty(length: int, max_length: int, cache_length: int) -> float:
+    """0 up to max_length - cache_length tokens, then in a line down to -1 at max_length and beyond (DAPO, eq. 13)."""
+    if not 0 < cache_length <= max_length:
+        raise ValueError(
+            f"soft overlong penalty: cache_length is {cache_length}, expected 1 to max_length {max_length}"
+        )
+    return max(-1.0, min(0.0, (max_length - cache_length - length) / cache_length))

@@ -13,16 +13,25 @@ the problem itself, so the two never meet, whatever the seed.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data_types import Message, Problem, Reward
 from expressions import false_sums, plain_number
-from rewards import answer_block, format_reward, think_block, whole_text
+from rewards import (
+    SCRIPTS,
+    answer_block,
+    format_reward,
+    language_consistency,
+    repetition_penalty,
+    think_block,
+    whole_text,
+)
 
 Split = Literal["train", "test"]
 HELD_OUT_ONE_IN = 10  # generated tasks: one problem in ten is held out
@@ -47,11 +56,16 @@ class Task:
     seed: int = 0  # which problems are drawn, or in which order the rows of a file come
     format_weight: float = 0.1
     answer_weight: float = 1.0
+    language_weight: float = 0.0  # 0: not judged. Share of the thought's letters in the script `language`
+    language: str = "latin"
+    repetition_weight: float = 0.0  # 0: not judged. Minus the share of repeated phrases in the thought
     prompt_style: str = "full"  # "full": system message and instructions; "short": the bare question, for tiny models
 
     def __post_init__(self):
         if self.prompt_style not in RESPONSE_PREFIXES:
             raise ValueError(f"prompt_style is {self.prompt_style!r}; expected 'full' or 'short'")
+        if self.language not in SCRIPTS:
+            raise ValueError(f"language is {self.language!r}; expected one of {', '.join(SCRIPTS)}")
 
     def train_problem(self, index: int) -> Problem:
         """Training problem number `index`, without end: a finite data set is shuffled anew every epoch."""
@@ -85,15 +99,26 @@ class Task:
         """Whether what stands in the answer tags is right."""
         raise NotImplementedError(f"{type(self).__name__} does not say when an answer is right")
 
+    def score(self, problem: Problem, answer: str) -> float:
+        """How good the answer is, 0 to 1: right or wrong, where a task does not say it more finely."""
+        return float(self.is_correct(problem, answer))
+
     def reward(self, problem: Problem, response: str) -> Reward:
-        """format_weight * format + answer_weight * answer, both in [0, 1]. `response`: the text after the prompt."""
+        """Sum of weight * part: format and answer in [0, 1], and where they have a weight language and repetition.
+
+        `response` is the text after the prompt. Rewards see no token counts: the soft overlong penalty is the hall's.
+        """
         text = whole_text(problem, response)
         answer = answer_block(text)
-        parts = {
-            "format": format_reward(text),
-            "answer": float(answer is not None and self.is_correct(problem, answer)),
-        }
-        return Reward(self.format_weight * parts["format"] + self.answer_weight * parts["answer"], parts)
+        parts = {"format": format_reward(text), "answer": 0.0 if answer is None else self.score(problem, answer)}
+        weights = {"format": self.format_weight, "answer": self.answer_weight}
+        if self.language_weight:
+            parts["language"] = language_consistency(think_block(text), self.language)
+            weights["language"] = self.language_weight
+        if self.repetition_weight:
+            parts["repetition"] = repetition_penalty(think_block(text))
+            weights["repetition"] = self.repetition_weight
+        return Reward(sum(weights[name] * part for name, part in parts.items()), parts)
 
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         """What is worth averaging beside the reward and is never paid for.
@@ -119,16 +144,25 @@ class Task:
 class QuestionTask(Task):
     """Questions in words with a number for an answer. Base of arithmetic, GSM8K and files of (question, answer)."""
 
+    example_answer: ClassVar[str] = "42"  # in the prompt's request
+
     def problem_from(self, question: str, answer: Any) -> Problem:
         """A problem from any question and its answer, also from outside the task's own data."""
         name = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
-        text = question if self.prompt_style == "short" else f"{question} {TAG_REQUEST.format(example='42')}"
-        return Problem(f"question {name}", self.messages(text), str(answer), self.response_prefix)
+        request = "" if self.prompt_style == "short" else " " + TAG_REQUEST.format(example=self.example_answer)
+        return Problem(f"question {name}", self.messages(question + request), str(answer), self.response_prefix)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         """Equal as exact numbers (1,234 = 1234.0, 7/2 = 3.5); where the target is no number, as text."""
         given, wanted = plain_number(answer), plain_number(problem.target)
         return given == wanted if wanted is not None else answer.split() == problem.target.split()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: what was probably meant, or all there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known[:20]) or 'none'}"
 
 
 def is_held_out(key: str) -> bool:

@@ -7,6 +7,7 @@ train, test = hold_out_last(rows, n_test=None, source="data/countdown")
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,28 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: tuple[str, .
     if not rows:
         raise ValueError(f"{path}: no rows; expected columns {', '.join(columns)}")
     return rows
+
+
+def find_data(data: str | Path) -> Path:
+    """The file or folder that `data` names: a path, or else a data set of the Hub ("openai/gsm8k"), fetched or cached.
+
+    Raises FileNotFoundError, in one line, where it is neither.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(data)) or path.suffix in SUFFIXES:
+        raise FileNotFoundError(f"{data}: no such data file or folder (looked in {Path.cwd()})")
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in SUFFIXES[:2]]
+    try:
+        return Path(snapshot_download(str(data), repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # of many kinds, by version of the library; all mean that there is no data
+        why = f"no folder of that name in {Path.cwd()}, and the Hub gave none ({first_line(error)})"
+        raise FileNotFoundError(
+            f"{data}: {why}; download it where there is a network and give --data FOLDER"
+        ) from error
 
 
 def data_files(path: str | Path) -> list[Path]:
