@@ -50,6 +50,7 @@ def test_a_step_is_one_json_line_on_disk_at_once(tmp_path):
         log.log_step(1, {"reward": torch.tensor(0.5), "kl": math.nan, "grad_norm": math.inf, "num_tokens": 2**60})
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before the log is closed
         assert json.loads(lines[0]) == {"step": 0, "eval_reward": 0.25}
+        assert scalars(tmp_path)["reward"] == [(1, 0.5)]
         assert json.loads(lines[1]) == {"step": 1, "reward": 0.5, "kl": None, "grad_norm": None, "num_tokens": 2**60}
     assert read_metrics(tmp_path)[1]["step"] == 1
 
@@ -92,17 +93,18 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_resume_from_an_older_checkpoint_leaves_no_gap_and_no_double(tmp_path):
-    """CHECKLIST 42: metrics. A run of 5 steps is killed in the middle of a line and continued from step 3."""
+    """CHECKLIST 42: metrics. A run of 5 steps is killed in the middle of a line, another is broken, and it is continued from step 3."""
     with RunLog(tmp_path, Config(), total_steps=7) as log:
         for step in range(6):
             log.log_samples(step, [episode(), episode()], decode)
             log.log_step(step, {"reward": step / 8})
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(tmp_path / name, "a") as file:
-            file.write('{"step": 6, "rew')
+            file.write('{"step": 3, "rew\n{"step": 3, "reward": 1.0}\n{"step": 6, "rew')
     with RunLog(tmp_path, Config(resume="latest"), total_steps=7) as log:
         log.truncate_after(3)
         assert log.history.step == 3
+        assert log.history.seconds_left() is None  # reading the old lines took no step's time
         for step in range(4, 8):
             log.log_samples(step, [episode(), episode()], decode)
             log.log_step(step, {"reward": step / 4})
@@ -129,8 +131,12 @@ def test_config_yaml_starts_the_same_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer thread
-def test_a_full_disk_loses_lines_and_not_the_run(tmp_path, capsys):
+def test_a_full_disk_loses_lines_and_not_the_run(tmp_path, capsys, monkeypatch):
     """No file may grow beyond 4096 bytes for a while: the file ends with a whole line, the fault is told once."""
+
+    def full(*records):
+        raise OSError(28, "No space left on device")
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunLog(tmp_path, Config(), total_steps=90) as log:
         try:
@@ -143,11 +149,14 @@ def test_a_full_disk_loses_lines_and_not_the_run(tmp_path, capsys):
         assert 4000 < len(written) <= 4096
         assert written.endswith(b"}\n")
         log.log_step(90, {"reward": 0.5})  # there is room again
+        monkeypatch.setattr(log, "_write_events", lambda step, values: None)
+        monkeypatch.setattr(log._metrics, "append", full)
+        log.log_step(91, {"reward": 0.5})
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == [*range(len(steps) - 1), 90]
     assert len(steps) < 90
     errors = capsys.readouterr().err
-    assert errors.count("metrics.jsonl not written") == 1
+    assert errors.count("metrics.jsonl not written") == 2  # once each time the disk fills
     assert errors.count("TensorBoard events not written") <= 2
     assert (90, 0.5) in scalars(tmp_path)["reward"]
 
