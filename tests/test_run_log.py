@@ -93,7 +93,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_resume_from_an_older_checkpoint_leaves_no_gap_and_no_double(tmp_path):
-    """CHECKLIST 42: metrics. A run of 5 steps is killed in the middle of a line, another is broken, and it is continued from step 3."""
+    """CHECKLIST 42: metrics. A run with broken last lines is continued from step 3."""
     with RunLog(tmp_path, Config(), total_steps=7) as log:
         for step in range(6):
             log.log_samples(step, [episode(), episode()], decode)
