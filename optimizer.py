@@ -5,7 +5,7 @@ that is not fp32 has an fp32 master here; gradients go down, rounded weights com
 accelerator is spared 6 GB of state. A parameter that is fp32 and lives on the CPU is its own master.
 
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=1e-6)
-    optimizer.step(grad_scale=clip)        # gradients are multiplied by `clip` on the way, in fp32
+    loss.backward(); optimizer.step()
 
 The numbers are those of `torch.optim.AdamW` run on the masters (Loshchilov & Hutter 2019, algorithm 2; AMSGrad:
 Reddi et al. 2018). `enabled=False` is the plain AdamW beside it: state next to the parameter, in its dtype.
