@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import random
 import time
 from fractions import Fraction
 
@@ -27,6 +28,7 @@ from math_task import (
     write_math_tasks,
 )
 from rewards import answer_block, format_reward
+from task_base import is_held_out
 
 TASK = CountdownTask()
 PROBLEM = TASK.problem([3, 5, 2], target=13)
@@ -149,6 +151,8 @@ def test_prompt_example_is_judged_as_any_other_answer():
         ("<think><answer>a</answer>", None),  # the thought never ends
         ("<think>a</think><answer>b</answer><answer>c</answer>", None),
         ("<think>a</think><answer>b</answer></think><answer>c</answer>", None),
+        ("<think>a</think> <think>b</think><answer>c</answer>", None),  # it thinks again
+        ("<think>a</think><answer>b</answer></think>", None),
         ("<think>a</think></answer><answer>", None),
         ("<think>a</think><answer>b", None),
         ("<think>a</think><answer>b</answer> and more", "b"),  # costs the format, not the answer
@@ -286,6 +290,32 @@ def test_any_response_has_a_reward(response):
     assert 0 <= TASK.diagnostics(PROBLEM, response)["false_sums"] <= 1
 
 
+def test_a_hundred_thousand_expressions():
+    """CHECKLIST 39: pieces of expressions in any order; no exception, and none takes 10 ms."""
+    generator = random.Random(0)
+    pieces = [
+        *"0123456789+-*/()",
+        " ",
+        "**",
+        "//",
+        "1_0",
+        ".5",
+        "9" * 30,
+        "(" * 30,
+        "-" * 30,
+        "٣",
+        "=",
+        "</answer>",
+        "\n",
+    ]
+    slow = []
+    for _ in range(100_000):
+        response = respond("".join(generator.choices(pieces, k=generator.randrange(1, 25))))
+        if timed(TASK.reward, PROBLEM, response) > 0.010:
+            slow.append(response)
+    assert [response for response in slow if min(timed(TASK.reward, PROBLEM, response) for _ in range(5)) > 0.010] == []
+
+
 def test_limits_of_length_and_depth():
     assert evaluate_expression("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH)[0] == 1
     with pytest.raises(ExpressionError, match="nested deeper"):
@@ -364,7 +394,7 @@ def test_false_sums(text, expected):
 def test_diagnostics_read_the_thought_only():
     found = TASK.diagnostics(PROBLEM, respond("3 + 5 * 2", thought="3 + 5 = 9 no, 5 * 2 = 10"))
     assert found == {"solved": 1.0, "sums": 2.0, "false_sums": 0.5}
-    assert TASK.diagnostics(PROBLEM, respond("3 = 4 + 1", thought="hm")) == {
+    assert TASK.diagnostics(PROBLEM, respond("3 + 5 = 9", thought="hm")) == {
         "solved": 0.0,
         "sums": 0.0,
         "false_sums": 0.0,
@@ -454,6 +484,8 @@ def test_problems_depend_on_seed_split_and_index_only():
 def test_generation_is_stable_across_machines():
     """The very problems of seed 0, so that a change of the generator is noticed: runs would no longer be comparable."""
     assert CountdownTask(seed=0).train_problem(0).id == "countdown [91, 59, 38] = 70"
+    assert CountdownTask(seed=0).test_problem(0).id == "countdown [45, 24, 6] = 75"
+    assert [n for n in range(60) if is_held_out(str(n))] == [1, 2, 7, 30, 48, 52]
 
 
 def test_generator_is_fast():
@@ -526,6 +558,7 @@ def bad_files(folder):
         "keys.jsonl": ('{"numbers": [1], "target": 1}\n', "line 1: no column nums; found numbers, target"),
         "text.jsonl": ('{"nums": "1 2", "target": 3}\n', "row 0: expected whole numbers"),
         "null.jsonl": ('{"nums": [1, null], "target": 3}\n', "row 0: expected whole numbers"),
+        "bool.jsonl": ('{"nums": [true, 2], "target": 3}\n', "row 0: expected whole numbers"),
         "half.jsonl": ('{"nums": [1, 2.5], "target": 3}\n', "row 0: expected whole numbers"),
         "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
         "digits.jsonl": ('{"nums": [' + "1" * 10_000 + "]}", "line 1: not JSON"),
