@@ -71,7 +71,7 @@ def token_logprobs(
     Tokens whose incoming gradient is 0 are skipped in the backward pass.
     """
     _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
-    chunk = max(1024, LOGITS_AT_ONCE // max(1, len(hidden_MD))) if chunk is None else chunk
+    chunk = max(1, LOGITS_AT_ONCE // max(1, len(hidden_MD))) if chunk is None else chunk
     return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk)
 
 
@@ -92,8 +92,13 @@ def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_si
     shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
     if list(map(len, shapes)) != [2, 2, 1] or shapes[0][1] != shapes[1][1] or shapes[0][0] != shapes[2][0]:
         raise ValueError(f"hidden, head weight and targets are {shapes}, expected [M, D], [V, D] and [M]")
-    if vocab_size is not None and not 0 < vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {weight.shape[0]}, the rows of the head")
+    V = shapes[1][0] if vocab_size is None else vocab_size
+    if not 0 < V <= shapes[1][0]:
+        raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {shapes[1][0]}, the rows of the head")
+    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < V):
+        raise ValueError(
+            f"targets reach from {int(targets.min())} to {int(targets.max())}, expected ids from 0 to {V - 1}"
+        )
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -113,7 +118,6 @@ class _TokenLogprobs(torch.autograd.Function):
         lse = lse_BM.logsumexp(0)
         entropy = lse - ((lse_BM - lse).exp() * mean_BM).sum(0)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.set_materialize_grads(False)
         ctx.options = (temperature, vocab_size, chunk)
         return target_logit_BM.sum(0) - lse, entropy
 
@@ -122,13 +126,12 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         temperature, vocab_size, chunk = ctx.options
-        grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
-        use_entropy = grad_entropy is not None and bool((grad_entropy != 0).any())
-        grad_entropy = grad_entropy if use_entropy else torch.zeros_like(lse)
+        use_entropy = bool((grad_entropy != 0).any())
         # Tokens of groups without a signal, or masked: no gradient, no work, and a NaN there goes nowhere.
         rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
         per_token = [x[rows] for x in (hidden, targets, lse, entropy, grad_logp, grad_entropy)]
         hidden_rows, targets, lse, entropy, grad_logp, grad_entropy = per_token
+        grad_logp, grad_entropy = grad_logp / temperature, grad_entropy / temperature  # of the logits before scaling
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_rows = torch.zeros_like(hidden_rows, dtype=lse.dtype) if want_hidden else None
         d_weight = torch.zeros_like(weight) if want_weight else None
@@ -173,8 +176,7 @@ def _slice_statistics(logits: Tensor, targets: Tensor, lo: int, temperature: flo
         inside, column = _find_targets(targets[tile], lo, z.shape[1])
         stats[2, tile] = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
         top = z.amax(-1, keepdim=True)
-        z = z - top
-        e = z.exp()
+        e = z.sub_(top).exp()  # in place: whatever z is a view of is scratch
         total = e.sum(-1)
         stats[0, tile] = total.log() + top.squeeze(1)
         stats[1, tile] = e.mul_(z).sum(-1) / total + top.squeeze(1)
@@ -183,15 +185,14 @@ def _slice_statistics(logits: Tensor, targets: Tensor, lo: int, temperature: flo
 
 def _logit_gradient(logits, targets, lo, lse, entropy, grads, temperature) -> Tensor:
     grad_logp, grad_entropy = grads
-    logp = scale_logits(logits, temperature) - lse[:, None]
+    logp = scale_logits(logits, temperature).sub_(lse[:, None])
     if grad_entropy is None:
         d = logp.exp_().mul_(-grad_logp[:, None])
     else:
         p = logp.exp()
-        d = logp.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None]).mul_(p).neg_()
+        d = logp.mul_(-grad_entropy[:, None]).sub_((grad_logp + grad_entropy * entropy)[:, None]).mul_(p)
     inside, column = _find_targets(targets, lo, d.shape[1])
-    d.scatter_add_(1, column, torch.where(inside, grad_logp, 0.0)[:, None])
-    return d if temperature == 1.0 else d.div_(temperature)
+    return d.scatter_add_(1, column, torch.where(inside, grad_logp, 0.0)[:, None])
 
 
 def _find_targets(targets: Tensor, lo: int, width: int) -> tuple[Tensor, Tensor]:
@@ -460,15 +461,15 @@ def importance_weights(
     trainer_old_logp: Tensor,
     rollout_logp: Tensor,
     lengths: Tensor,
-    mode: str = "sequence_mask",
-    cap: float | None = 3.0,
+    mode: str = "mask_sequence",
+    cap: float | None = 2.0,
     floor: float | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
     """Detached factor [M] for the policy terms that undoes the gap between sampler and trainer at the same weights.
 
-    r = trainer's / sampler's probability of the token (mode `token_*`) or of the whole answer (`sequence_*`).
-    `*_truncate` clamps r into [floor, cap], `*_mask` gives 0 to what lies outside; as TRL 1.16's
+    r = trainer's / sampler's probability of the token (mode `*_token`) or of the whole answer (`*_sequence`).
+    `truncate_*` clamps r into [floor, cap], `mask_*` gives 0 to what lies outside; as TRL 1.16's
     vllm_importance_sampling_mode. A token without a sampler's log-probability (NaN) counts as equal.
     """
     if mode not in IMPORTANCE_MODES:
@@ -477,17 +478,17 @@ def importance_weights(
     _check_flat(M, trainer_old_logp=trainer_old_logp, rollout_logp=rollout_logp, keep=keep)
     log_ratio = (trainer_old_logp - rollout_logp).detach().nan_to_num(nan=0.0)
     log_ratio = log_ratio if keep is None else torch.where(keep, log_ratio, 0.0)
-    if mode.startswith("sequence"):
+    if mode.endswith("sequence"):
         episode = _episode_of_token(lengths, M, log_ratio.device)
         log_ratio = _segment_sum(log_ratio, episode, E)[episode]
     ratio = safe_exp(log_ratio)
     low, high = -math.inf if floor is None else floor, math.inf if cap is None else cap
-    if mode.endswith("truncate"):
+    if mode.startswith("truncate"):
         return ratio.clamp(low, high)
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
-IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+IMPORTANCE_MODES = ("truncate_token", "mask_token", "truncate_sequence", "mask_sequence")
 
 
 # ---------------------------------------------------------------------------------------------------- optimal transport
@@ -498,7 +499,7 @@ def transport_cost(
     hidden_old: Tensor,
     window: int,
     regularisation: float = 0.1,
-    iterations: int = 20,
+    iterations: int = 5,
     marginals: tuple[Tensor, Tensor] | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
