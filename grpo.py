@@ -26,19 +26,24 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import losses
 from attention import Layout, PackedAttention
+from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
 from generation import SamplingParams, generate
-from math_task import Task
-from qwen2_llm import Qwen2ForCausalLM
+from math_task import QuestionTask, Task, task_from_config
+from optimizer import MemoryEfficientAdamW, learning_rate
+from pretrained import load_pretrained, locate_pretrained
+from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -114,7 +119,8 @@ def compute_advantages(
     """
     if estimator not in ("group_mean", "rloo", "reinforce_pp") or scale not in ("group", "batch", "none"):
         raise ValueError(
-            f"estimator {estimator!r}, scale {scale!r}: expected group_mean, rloo or reinforce_pp, and group, batch or none"
+            f"estimator {estimator!r}, scale {scale!r}: expected one of group_mean, rloo, reinforce_pp, "
+            "and one of group, batch, none"
         )
     groups = defaultdict(list)
     for episode in episodes:
@@ -381,8 +387,9 @@ def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     return norm.item()
 
 
-def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
-    """What the rollout earned: means and deviations over episodes, and how many groups say nothing."""
+def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
+    """What the rollout earned: means and deviations over episodes, how many groups say nothing, and the task's own
+    diagnostics (the share of false sums, say), which are never paid for."""
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     groups = defaultdict(list)
     for e in episodes:
@@ -401,4 +408,113 @@ def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
         values = values[~values.isnan()]
         metrics[f"rewards/{part}/mean"] = values.mean().item()
         metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
-    return metrics
+    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes]
+    return metrics | {name: sum(d[name] for d in diagnostics) / len(diagnostics) for name in diagnostics[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+class GRPO:
+    """Model, tokenizer, task and optimizer of one training, and the step that ties them.
+
+    What is not given is built from `config`; without a config, it is the bundled tiny model with its preset.
+
+    step_count: optimizer-visible steps so far, one rollout each.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        model: Qwen2ForCausalLM | None = None,
+        tokenizer: Tokenizer | None = None,
+        task: Task | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        reference: Qwen2ForCausalLM | None = None,
+    ):
+        self.config = config = config or load_config(preset_for(Config.ckpt))
+        if model is None or tokenizer is None:
+            model, tokenizer = load_policy(config, locate_pretrained(config.ckpt))
+        self.model, self.tokenizer = model, tokenizer
+        self.task = task or task_from_config(config)
+        self.model.model.gradient_checkpointing = config.gradient_checkpointing
+        self.optimizer = optimizer or MemoryEfficientAdamW(
+            model.parameters(), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
+            enabled=config.cpu_optimizer,
+        )  # fmt: skip
+        if (
+            reference is None and config.beta
+        ):  # the checkpoint itself, also where the policy was resumed from a later one
+            reference, _ = load_policy(config, locate_pretrained(config.ckpt))
+        self.reference = reference
+        self.step_count = 0
+
+    @property
+    def sampling(self) -> SamplingParams:
+        c = self.config
+        return SamplingParams(c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p)
+
+    def step(self, batch: MiniBatch) -> tuple[list[Episode], Metrics]:
+        """One GRPO step: roll out, score, update `updates_per_rollout` times. Returns the episodes and the metrics."""
+        c = self.config
+        self.step_count += 1
+        started = time.perf_counter()
+        episodes = rollout(
+            self.model, self.tokenizer, self.task, batch, self.sampling,
+            seed=c.seed * 1_000_003 + self.step_count, first_group_id=self.step_count * len(batch),
+        )  # fmt: skip
+        sampled = time.perf_counter()
+        episodes = compute_advantages(episodes, estimator=c.advantage_estimator, scale=c.advantage_scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step_count, c.lr, c.lr_schedule, c.warmup_steps, c.steps, c.min_lr_ratio)
+        for _ in range(c.updates_per_rollout):
+            metrics = self.update(episodes)
+        updated = time.perf_counter()
+        response_tokens = sum(len(e.response_ids) for e in episodes)
+        return episodes, {
+            **reward_metrics(episodes, self.task),
+            **metrics,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "num_tokens": response_tokens + sum(map(len, batch.prompt_ids)),
+            "rollout/tokens_per_second": response_tokens / (sampled - started),
+            "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
+            "step_time": updated - started,
+        }
+
+    def update(self, episodes: Sequence[Episode]) -> Metrics:
+        """`update_policy` with this training's settings."""
+        c = self.config
+        return update_policy(
+            self.model, self.optimizer, episodes, loss_type=c.loss_type, epsilon_low=c.epsilon_low,
+            epsilon_high=c.epsilon_high, delta=c.delta, beta=c.beta, kl=c.kl, reference=self.reference,
+            entropy_coef=c.entropy_coef, mask_truncated=c.mask_truncated, max_new_tokens=c.max_new_tokens,
+            max_grad_norm=c.max_grad_norm, micro_batch_tokens=c.micro_batch_tokens, shared_prefix=c.shared_prefix,
+            sapo_temperature_pos=c.sapo_temperature_pos, sapo_temperature_neg=c.sapo_temperature_neg,
+        )  # fmt: skip
+
+    def train_step(self, question: str, answer: str) -> float:
+        """One step on a single question, whose answer is a number or a text. Returns the loss."""
+        questions = self.task if isinstance(self.task, QuestionTask) else self._questions()
+        problem = questions.problem_from(question, answer)
+        task, self.task = self.task, questions
+        _, metrics = self.step(MiniBatch.from_problems([problem], self.tokenizer))
+        self.task = task
+        return metrics["loss"]
+
+    def _questions(self) -> QuestionTask:
+        c = self.config
+        return QuestionTask(format_weight=c.format_weight, answer_weight=c.answer_weight, prompt_style=c.prompt_style)
+
+
+def load_policy(config: Config, folder: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """Model and tokenizer of `folder`, on the device and in the dtype that the config asks for."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
+    if dtype is None:
+        sizes = Qwen2Config.from_pretrained(folder)
+        dtype = torch.float32 if sizes.num_hidden_layers * sizes.hidden_size**2 < 1e6 else torch.bfloat16
+    return load_pretrained(folder, dtype, device)

@@ -17,6 +17,7 @@ for, and weights return on the same stream while the next slice is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,7 +34,7 @@ def adamw_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, step: float,
     *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """One AdamW update in place, written out. Epsilon is added after the bias correction (Kingma & Ba 2015, algorithm 1)."""
+    """One AdamW update in place, written out. Epsilon comes after the bias correction (Kingma & Ba 2015, alg. 1)."""
     beta1, beta2 = betas
     weight.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
@@ -74,14 +75,16 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: "
                 "expected none below 0, and both betas below 1"
             )
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad))
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        )
         self.enabled, self.fused = enabled, fused
         self._transfers: dict[torch.device, _Transfer] = {}
         self._scratch = torch.empty(0)
 
     @torch.no_grad()
-    def step(self, closure=None, grad_scale: float = 1.0):
-        """Update every parameter that has a gradient. `grad_scale` multiplies the gradients (for clipping)."""
+    def step(self, closure=None):
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -91,12 +94,10 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
             self._initialise(p, group["amsgrad"])
             self.state[p]["step"] += 1
         if self.enabled:
-            self._step_on_cpu(work, grad_scale)
+            self._step_on_cpu(work)
         else:
             for group, p in work:
-                self._update(
-                    group, self.state[p], p, p.grad * grad_scale, slice(None), self.state[p]["step"], fused=False
-                )
+                self._update(group, self.state[p], p, p.grad, slice(None), self.state[p]["step"], fused=False)
         return loss
 
     def _initialise(self, p: Tensor, amsgrad: bool) -> None:
@@ -110,7 +111,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         if self.enabled and not _is_own_master(p):
             state["master"] = p.detach().to("cpu", torch.float32, copy=True).contiguous()
 
-    def _step_on_cpu(self, work: list[tuple[dict, Tensor]], grad_scale: float) -> None:
+    def _step_on_cpu(self, work: list[tuple[dict, Tensor]]) -> None:
         for _, p in work:
             if p.device.type == "cuda":
                 self._transfer(p.device).fetch(p)
@@ -121,7 +122,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
             rounded = self._rounded(p)
             for start in range(0, len(grad), SLICE):
                 part = slice(start, start + SLICE)
-                grad_part = self._as_fp32(grad[part], grad_scale)
+                grad_part = self._as_fp32(grad[part])
                 self._update(group, state, weight, grad_part, part, state["step"], self.fused)
                 if rounded is not None:
                     rounded[part].copy_(weight[part])
@@ -132,14 +133,12 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         for transfer in self._transfers.values():
             transfer.finish()
 
-    def _as_fp32(self, grad: Tensor, scale: float) -> Tensor:
-        if grad.dtype == torch.float32 and scale == 1.0:
+    def _as_fp32(self, grad: Tensor) -> Tensor:
+        if grad.dtype == torch.float32:
             return grad
         if self._scratch.numel() == 0:
             self._scratch = torch.empty(SLICE)
-        return torch.mul(grad, scale, out=self._scratch[: len(grad)]) if grad.dtype == torch.float32 else (
-            self._scratch[: len(grad)].copy_(grad).mul_(scale)
-        )  # fmt: skip
+        return self._scratch[: len(grad)].copy_(grad)
 
     def _rounded(self, p: Tensor) -> Tensor | None:
         """Where the rounded weights of a slice go: the parameter, a buffer on its way up, or nowhere."""
@@ -190,7 +189,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         for name in STATE_NAMES:
             if name in saved and saved[name].shape != p.shape:
                 raise ValueError(
-                    f"optimizer state {index}.{name} has shape {tuple(saved[name].shape)}, the parameter {tuple(p.shape)}"
+                    f"optimizer state {index}.{name} has shape {tuple(saved[name].shape)}, expected {tuple(p.shape)}"
                 )
         dtype, device = (torch.float32, "cpu") if self.enabled else (p.dtype, p.device)
         state = {name: saved[name].to(device, dtype, copy=True) for name in STATE_NAMES if name in saved}
@@ -206,6 +205,24 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         """Bytes of optimizer state held in host memory."""
         tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
         return sum(t.nbytes for t in tensors if t.device.type == "cpu")
+
+
+def learning_rate(
+    step: int,
+    lr: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int = 1,
+    min_ratio: float = 0.0,
+) -> float:
+    """Learning rate of step 1, 2, ...: rises linearly over `warmup_steps`, then stays, or falls along half a cosine
+    (Loshchilov & Hutter 2017, eq. 5) to `min_ratio * lr` at `total_steps`."""
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    if schedule == "constant":
+        return lr
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return lr * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
 
 def _is_own_master(p: Tensor) -> bool:
