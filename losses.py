@@ -95,7 +95,7 @@ def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_si
     V = shapes[1][0] if vocab_size is None else vocab_size
     if not 0 < V <= shapes[1][0]:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {shapes[1][0]}, the rows of the head")
-    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < V):
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < V):
         raise ValueError(
             f"targets reach from {int(targets.min())} to {int(targets.max())}, expected ids from 0 to {V - 1}"
         )
