@@ -1,0 +1,337 @@
+"""Save and resume: a checkpoint is whole or absent, and it is a Hugging Face folder besides.
+
+    runs/<name>/checkpoints/latest                  the name of the newest whole checkpoint
+    runs/<name>/checkpoints/step-000010/
+        config.json model.safetensors tokenizer...  opens with transformers, vLLM, llama.cpp, and --ckpt
+        optimizer.safetensors                       fp32 masters and moments, "<parameter's index>.<name>"
+        trainer_state.json                          step, score, the trainer's state, the optimizer's settings
+        SHA256SUMS                                  `sha256sum -c SHA256SUMS` says the same as load_checkpoint
+
+Where this departs from `torch.save` in the run's folder: everything is written into a folder beside, every file is
+synced to the disk, the folder gets its name in one rename, and `latest` moves only then; so a kill at any moment, or a
+full disk, leaves what was there before. Old checkpoints are deleted last. Nothing is pickled: a checkpoint from a
+stranger can be wrong, but it can not run code.
+
+    save_checkpoint(run_dir, step, model, tokenizer, optimizer, {"seen": 320, "random": random_states()}, keep=3)
+    folder = find_checkpoint("latest", run_dir)
+    model = Qwen2ForCausalLM.from_pretrained(folder)  # then build the optimizer, and
+    state = load_checkpoint(folder, optimizer)        # and rewind(run_dir, state["step"]) where it is not the latest
+    set_random_states(state["random"])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+TEMPORARY = ".unfinished-"  # what begins so is not a checkpoint: being written, or being deleted
+REPLACED = ".replaced"
+STATE, OPTIMIZER, SUMS = "trainer_state.json", "optimizer.safetensors", "SHA256SUMS"
+
+
+# --- save
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    model,
+    tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int = 3,
+    score: float | None = None,
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write checkpoints/step-<step>/ and move `latest` to it.
+
+    Args:
+        state: what the trainer needs to go on, of JSON types; floats come back to the last bit.
+        keep: this many of the newest stay, and the one of the highest score.
+        score: how good this one is, for "the best"; None: not measured.
+        extra: writes more files into the folder it is given, such as adapters.
+
+    Raises OSError (full disk, read-only or vanished folder): what was saved before is untouched, the run can go on.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    folder.mkdir(exist_ok=True)  # not its parents: a run folder that vanished is worth an error
+    _sync(folder.parent)
+    _tidy(folder)
+    unfinished, final = folder / f"{TEMPORARY}{_name(step)}", folder / _name(step)
+    try:
+        unfinished.mkdir()
+        _write_files(unfinished, step, model, tokenizer, optimizer, state, score, extra)
+        _move_into_place(unfinished, final)
+        _point_latest_to(final)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _delete_old(folder, final, keep)
+    return final
+
+
+def _write_files(folder: Path, step: int, model, tokenizer, optimizer, state, score, extra) -> None:
+    tensors, settings = _split(optimizer.state_dict())
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if extra is not None:
+            extra(folder)
+        save_file(tensors, folder / OPTIMIZER)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(f"{folder}: {error}") from error
+    record = {"step": step, "score": score, "state": state, "optimizer": settings}
+    (folder / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    # The trainer's state comes last, so that a list of sums that was cut off is noticed by its absence.
+    names = sorted((p.name for p in folder.iterdir()), key=lambda name: (name == STATE, name))
+    (folder / SUMS).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+    for name in [*names, SUMS]:
+        _sync(folder / name)
+    _sync(folder)
+
+
+def _move_into_place(unfinished: Path, final: Path) -> None:
+    """Rename; a checkpoint of the same step steps aside, under a name that `find_checkpoint` and `_tidy` know."""
+    aside = final.with_name(final.name + REPLACED)
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(unfinished, final)
+    _sync(final.parent)
+    if aside.exists():
+        _delete(aside)
+
+
+def _point_latest_to(final: Path) -> None:
+    beside = final.with_name(TEMPORARY + "latest")
+    beside.write_text(final.name + "\n", encoding="utf-8")
+    _sync(beside)
+    os.replace(beside, final.with_name("latest"))
+    _sync(final.parent)
+
+
+def _delete_old(folder: Path, newest: Path, keep: int) -> None:
+    """Leave the newest and the best; what is later than the newest is from before a `rewind`.
+
+    What cannot be deleted is in nobody's way: a warning, not an error.
+    """
+    past = [path for path in _checkpoints(folder) if _step(path) <= _step(newest)]
+    scores = {path: score for path in _checkpoints(folder) if (score := _score(path)) is not None}
+    best = max(scores, key=scores.__getitem__, default=None)
+    for path in _checkpoints(folder):
+        if path not in past[-max(keep, 1) :] and path != best:
+            _delete(path)
+
+
+def rewind(run_dir: str | Path, step: int) -> None:
+    """Let `latest` be the checkpoint of `step`, of a run that will go on from there. Call it before its log is cut,
+    so that log and checkpoint agree whenever the run dies. The next save deletes the checkpoints after it."""
+    folder = Path(run_dir) / "checkpoints"
+    _tidy(folder)
+    if (folder / _name(step)).is_dir():
+        _point_latest_to(folder / _name(step))
+
+
+# --- load
+
+
+def find_checkpoint(where: str | Path, run_dir: str | Path | None = None) -> Path:
+    """The checkpoint meant: "latest" of `run_dir`, the latest of the run folder `where`, or the folder `where` itself.
+
+    Raises FileNotFoundError with one line.
+    """
+    where = Path(where)
+    if where.name == "latest" and not where.is_dir():
+        where = where.parent if where.parent.name == "checkpoints" else Path(run_dir or ".")
+    if (where / STATE).is_file():
+        return where
+    folder = where / "checkpoints" if where.name != "checkpoints" else where
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise FileNotFoundError(f"no checkpoint in {where}: expected a checkpoint's folder, or a run's with {latest}")
+    name = latest.read_text(encoding="utf-8").strip()
+    for candidate in (folder / name, folder / (name + REPLACED)):  # the latter: killed between two renames
+        if Path(name).name == name and (candidate / STATE).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{latest} names {name!r}, which is not a checkpoint; name another: --resume {folder}/step-..."
+    )
+
+
+def load_checkpoint(folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Verify a checkpoint, put the optimizer's state back, and return the trainer's; its "step" and "score" are in it.
+
+    The weights are loaded by `Qwen2ForCausalLM.from_pretrained(folder)`, in the dtype they were saved in.
+    Raises FileNotFoundError, or ValueError where a file is not the one that was saved, with one line.
+    """
+    folder = Path(folder)
+    verify_checkpoint(folder)
+    try:
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state, settings = {**record["state"], "step": record["step"], "score": record["score"]}, record["optimizer"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(
+            f"{folder / STATE} is not what save_checkpoint writes; resume from another checkpoint"
+        ) from None
+    if optimizer is not None:
+        try:
+            optimizer.load_state_dict(_join(load_file(folder / OPTIMIZER), settings))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / OPTIMIZER} does not fit this model and optimizer: {error}") from None
+    return state
+
+
+def verify_checkpoint(folder: str | Path) -> None:
+    """Compare every file with its checksum. Raises FileNotFoundError or ValueError with one line."""
+    folder = Path(folder)
+    try:
+        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} is not a checkpoint to resume from: it has no {SUMS}") from None
+    except UnicodeDecodeError:
+        lines = []
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if STATE not in sums:
+        raise ValueError(f"{folder / SUMS} is damaged; resume from another checkpoint")
+    for name, digest in sums.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; resume from another checkpoint")
+        if _sha256(path) != digest:
+            raise ValueError(f"{path} is not what was saved (its SHA-256 differs); resume from another checkpoint")
+
+
+# --- random states
+
+
+def random_states(**generators: torch.Generator) -> dict[str, Any]:
+    """The states of Python's and torch's global generators and of those named, as JSON: hexadecimal text and lists."""
+    states: dict[str, Any] = {"python": random.getstate(), "torch": _hex(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        states["cuda"] = [_hex(state) for state in torch.cuda.get_rng_state_all()]
+    return states | {f"generator.{name}": _hex(generator.get_state()) for name, generator in generators.items()}
+
+
+def set_random_states(states: dict[str, Any], **generators: torch.Generator) -> None:
+    """Put back what `random_states` with the same names gave."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(_unhex(states["torch"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_unhex(state) for state in states["cuda"]])
+    for name, generator in generators.items():
+        generator.set_state(_unhex(states[f"generator.{name}"]))
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _unhex(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+# --- small things
+
+
+def _split(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as (tensors by "<index>.<name>", the rest as JSON types)."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": state_dict["param_groups"], "scalars": scalars}
+
+
+def _join(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict that `_split` took apart; JSON made lists of tuples such as betas."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in settings["scalars"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        for group in settings["param_groups"]
+    ]
+    return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def _tidy(folder: Path) -> None:
+    """Clear away what killed processes left."""
+    for path in folder.glob(f"*{REPLACED}"):
+        final = path.with_name(path.name.removesuffix(REPLACED))
+        if final.exists():
+            _delete(path)
+        else:
+            os.rename(path, final)
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / f"{TEMPORARY}latest").unlink(missing_ok=True)
+
+
+def _delete(path: Path) -> None:
+    """Rename, then delete: half a checkpoint must not look like one."""
+    doomed = path.with_name(TEMPORARY + path.name)
+    try:
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        warnings.warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()), key=_step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _score(path: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one can not be the best
+        score = json.loads((path / STATE).read_text(encoding="utf-8"))["score"]
+        return None if score is None or math.isnan(score) else score
+    return None
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path, size: int = 2**20) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(size):
+            yield block
