@@ -15,6 +15,7 @@ Shape letters: N rows that are decoding, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections import Counter
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from attention import GroupCache, KVCache, PrefillAttention
 from data_types import Completion
+from linear import packed_weights
 from losses import scale_logits
 from qwen2_llm import Qwen2ForCausalLM
 from tokenizer import Tokenizer
@@ -73,6 +75,7 @@ def generate(
     seed: int = 0,
     max_rows: int = 512,
     share_prompt: bool = True,
+    pack_weights: bool = True,
 ) -> list[Completion]:
     """Sample `params.n` answers to each prompt; those of prompt i stand at [i * n, (i + 1) * n).
 
@@ -80,6 +83,7 @@ def generate(
         prompts: texts, or token ids that are used as they are.
         max_rows: decode at most so many answers at a time (memory); it does not change them.
         share_prompt: attend to a prompt's keys once a group; False gives every row its own copy (the slow twin).
+        pack_weights: lay bf16 weights out for the CPU's matrix unit first; False multiplies by them as they are.
 
     Raises ValueError for an empty prompt, or one that leaves no room for max_new_tokens in the model's context.
     """
@@ -90,10 +94,12 @@ def generate(
     model.eval()
     completions = []
     step = max(1, max_rows // params.n)
-    for start in range(0, len(ids), step):
-        part = slice(start, start + step)
-        u = uniforms[start * params.n : (start + step) * params.n]
-        completions += _generate_batch(model, ids[part], u, params, tokenizer, share_prompt, first_index=start)
+    rows = min(step, len(ids)) * params.n
+    with packed_weights(model, rows) if pack_weights else contextlib.nullcontext():
+        for start in range(0, len(ids), step):
+            part = slice(start, start + step)
+            u = uniforms[start * params.n : (start + step) * params.n]
+            completions += _generate_batch(model, ids[part], u, params, tokenizer, share_prompt, first_index=start)
     model.train(was_training)
     return completions
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Attend, Layout, PackedAttention
+from linear import Embedding, Linear, linear
 
 FAMILIES = {  # model_type -> what the family adds to a plain pre-norm transformer when its config does not say
     "qwen2": {"attention_bias": True, "qk_norm": False, "architecture": "Qwen2ForCausalLM"},
@@ -178,10 +179,6 @@ def _rope_scaling(rope: Any) -> dict[str, Any] | None:
 # Layers
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b. [N, in] -> [N, out]"""
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (Zhang & Sennrich 2019, eq. 4). [..., D] -> [..., D]"""
 
@@ -292,7 +289,7 @@ class Qwen2Model(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = RotaryEmbedding(config)
@@ -315,6 +312,7 @@ class Qwen2ForCausalLM(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
+        self.packed_head: Tensor | None = None  # linear.packed_weights
         self.model = Qwen2Model(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -338,7 +336,7 @@ class Qwen2ForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the weights' dtype."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight, packed=self.packed_head)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of a padded batch: ids [B, T], mask [B, T] (True or 1 where a token is real) -> [B, T, V].
@@ -385,7 +383,7 @@ class Qwen2ForCausalLM(nn.Module):
             model = cls(config)
         wanted = dict(model.named_parameters())
         for name, tensor in read_safetensors(folder):
-            if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+            if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
                 continue  # a copy of the tied embedding; a buffer of old releases
             if name not in wanted:
                 raise ValueError(
