@@ -47,21 +47,15 @@ def scale_logits(logits: Tensor, temperature: float = 1.0, vocab_size: int | Non
     Raises ValueError for a temperature that is not positive.
     """
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"temperature is {temperature}, expected a positive number; for greedy decoding take the argmax"
-        )
+        raise ValueError(f"temperature is {temperature}, expected a positive number (greedy decoding: take the argmax)")
     logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits / temperature
 
 
 def token_logprobs(
-    hidden_MD: Tensor,
-    head_weight_VD: Tensor,
-    targets_M: Tensor,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    hidden_MD: Tensor, head_weight_VD: Tensor, targets_M: Tensor, temperature: float = 1.0,
+    vocab_size: int | None = None, chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of each distribution, [M] and [M] fp32, both differentiable.
 
     `hidden_MD[i]` is the hidden state that predicts `targets_M[i]` (the shift by one is the caller's). No tensor larger
@@ -76,12 +70,9 @@ def token_logprobs(
 
 
 def token_logprobs_eager(
-    hidden_MD: Tensor,
-    head_weight_VD: Tensor,
-    targets_M: Tensor,
-    temperature: float = 1.0,
+    hidden_MD: Tensor, head_weight_VD: Tensor, targets_M: Tensor, temperature: float = 1.0,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The slow twin of `token_logprobs`: plain autograd through whole [M, V] logits."""
     _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
     logp_MV = F.log_softmax(scale_logits(hidden_MD @ head_weight_VD.T, temperature, vocab_size), dim=-1)
@@ -96,9 +87,7 @@ def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_si
     if not 0 < V <= shapes[1][0]:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {shapes[1][0]}, the rows of the head")
     if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < V):
-        raise ValueError(
-            f"targets reach from {int(targets.min())} to {int(targets.max())}, expected ids from 0 to {V - 1}"
-        )
+        raise ValueError(f"targets are {int(targets.min())} to {int(targets.max())}, expected ids from 0 to {V - 1}")
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -139,9 +128,8 @@ class _TokenLogprobs(torch.autograd.Function):
             hi = lo + logits.shape[1]
             for tile in _tiles(logits):
                 grads = (grad_logp[tile], grad_entropy[tile] if use_entropy else None)
-                logits[tile] = _logit_gradient(
-                    logits[tile], targets[tile], lo, lse[tile], entropy[tile], grads, temperature
-                )
+                numbers = targets[tile], lo, lse[tile], entropy[tile]
+                logits[tile] = _logit_gradient(logits[tile], *numbers, grads, temperature)
             if want_hidden:
                 d_rows += logits @ weight[lo:hi]
             if want_weight:
@@ -281,15 +269,9 @@ class PolicyInputs(NamedTuple):
 
 
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    lengths: Tensor,
-    *,
-    loss_type: str = "dapo",
-    keep: Tensor | None = None,
-    **options: float | None,
-) -> PolicyTerms:
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, lengths: Tensor, *,
+    loss_type: str = "dapo", keep: Tensor | None = None, **options: float | None,
+) -> PolicyTerms:  # fmt: skip
     """The policy loss of every token, before weights: see `token_weights` and `weighted_sum`.
 
     logp and old_logp [M], advantages [E] (one an episode, spread over its tokens here), lengths [E] (whole episodes,
@@ -378,14 +360,9 @@ def _check_loss_type(loss_type: str) -> None:
 
 
 def kl_penalty(
-    logp: Tensor,
-    ref_logp: Tensor,
-    estimator: str = "k3",
-    *,
-    kl_target: float = 0.0,
-    old_logp: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> Tensor:
+    logp: Tensor, ref_logp: Tensor, estimator: str = "k3", *,
+    kl_target: float = 0.0, old_logp: Tensor | None = None, keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Divergence term [M] of each token, for samples of the policy; 0 at equal policies (below `kl_target` for `kl`).
 
     k1, k2, k3 (Schulman 2020, joschu.net/blog/kl-approx.html) estimate KL(policy || reference). d = ref_logp - logp:
@@ -458,14 +435,9 @@ def top_entropy_mask(entropy: Tensor, share: float, keep: Tensor | None = None) 
 
 
 def importance_weights(
-    trainer_old_logp: Tensor,
-    rollout_logp: Tensor,
-    lengths: Tensor,
-    mode: str = "mask_sequence",
-    cap: float | None = 2.0,
-    floor: float | None = None,
-    keep: Tensor | None = None,
-) -> Tensor:
+    trainer_old_logp: Tensor, rollout_logp: Tensor, lengths: Tensor, mode: str = "mask_sequence",
+    cap: float | None = 2.0, floor: float | None = None, keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Detached factor [M] for the policy terms that undoes the gap between sampler and trainer at the same weights.
 
     r = trainer's / sampler's probability of the token (mode `*_token`) or of the whole answer (`*_sequence`).
@@ -495,14 +467,9 @@ IMPORTANCE_MODES = ("truncate_token", "mask_token", "truncate_sequence", "mask_s
 
 
 def transport_cost(
-    hidden_new: Tensor,
-    hidden_old: Tensor,
-    window: int,
-    regularisation: float = 0.1,
-    iterations: int = 5,
-    marginals: tuple[Tensor, Tensor] | None = None,
-    keep: Tensor | None = None,
-) -> Tensor:
+    hidden_new: Tensor, hidden_old: Tensor, window: int, regularisation: float = 0.1, iterations: int = 5,
+    marginals: tuple[Tensor, Tensor] | None = None, keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Entropic transport cost between one answer's last hidden states in two policies, each [T, D]; a scalar.
 
     A pair of tokens costs 1 - cosine, only tokens at most `window` apart may pair, and the sum of plan * cost is
@@ -549,13 +516,9 @@ def _band(position: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def transport_penalty(
-    hidden_new: Tensor,
-    hidden_old: Tensor,
-    lengths: Tensor,
-    keep: Tensor | None = None,
-    ot_target: float = 0.0,
-    **options,
-) -> Tensor:
+    hidden_new: Tensor, hidden_old: Tensor, lengths: Tensor,
+    keep: Tensor | None = None, ot_target: float = 0.0, **options,
+) -> Tensor:  # fmt: skip
     """max(0, OT - ot_target) of each episode, [E], for flat hidden states [M, D]; options are `transport_cost`'s.
 
     The loss is its mean over the step's episodes (GRPO-Mini's `ot`).
