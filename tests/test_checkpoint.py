@@ -175,7 +175,7 @@ def test_latest_run_folder_and_checkpoint_folder_are_found(run):
 
 
 def test_the_newest_and_the_best_are_kept(run):
-    scores = [None, 0.1, 0.9, float("nan"), 0.2, None, 0.9]
+    scores = [float("nan"), 0.1, 0.9, None, 0.2, None, 0.9]
     for step, score in enumerate(scores):
         run(step, keep=2, score=score)
     assert names(run.folder) == ["latest", "step-000002", "step-000005", "step-000006"]
@@ -269,10 +269,12 @@ def test_a_hostile_state_with_right_sums_is_refused(run, text):
 def test_nothing_to_resume_from(run, tmp_path):
     refuse(FileNotFoundError, "no checkpoint in", find_checkpoint, "latest", tmp_path)
     refuse(FileNotFoundError, "no checkpoint in", find_checkpoint, ROOT / "assets/countdown-tiny")
-    shutil.rmtree(run(1))
-    refuse(FileNotFoundError, "names 'step-000001', which is not a checkpoint", find_checkpoint, "latest", tmp_path)
-    (tmp_path / "checkpoints/latest").write_text("../../elsewhere")
+    folder = run(1)
+    (tmp_path / "checkpoints/latest").write_text("../checkpoints/step-000001")
     refuse(FileNotFoundError, "not a checkpoint", find_checkpoint, "latest", tmp_path)
+    (tmp_path / "checkpoints/latest").write_text("step-000001")
+    shutil.rmtree(folder)
+    refuse(FileNotFoundError, "names 'step-000001', which is not a checkpoint", find_checkpoint, "latest", tmp_path)
 
 
 # --- faults
@@ -500,6 +502,17 @@ def test_a_kill_at_any_line_or_moment_leaves_the_old_or_the_new_one(tmp_path):
     assert counts[0] > 50
     assert counts[1] > 50
     assert counts[2] > 3
+
+
+def test_a_full_disk_after_a_kill_between_two_renames(run, monkeypatch):
+    """The checkpoint that had stepped aside for another of its step is still the one that is found."""
+    folder = run(1)
+    folder.rename(folder.with_name("step-000001.replaced"))
+    assert load_checkpoint(find_checkpoint("latest", run.folder))["tag"] == "saved 1"
+    fail_at(monkeypatch, "write_text", 0)
+    with pytest.raises(OSError, match="No space left"):
+        run(2)
+    assert load_checkpoint(find_checkpoint("latest", run.folder))["tag"] == "saved 1"
 
 
 def test_what_a_killed_save_left_is_cleared_by_the_next(run):
