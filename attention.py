@@ -13,11 +13,11 @@ which earlier rows (the shared prompt of a GRPO group) stand before it; position
     KVCache.attend     textbook decoding: every row owns its keys and values; chunks of any size
     GroupCache.attend  the fast one: a group reads its prompt's keys once, and all rows decode in lockstep
 
-Departure from the textbook: a response never meets a mask. Its attention over the prompt (everything visible) and
-over itself (causal) are computed apart and merged by their log-sum-exp, which is exact (Dao et al. 2022,
-"FlashAttention", section 3.1; Juravsky et al. 2024, "Hydragen").
+Departure from the textbook: a response never meets a mask. Its attention over the prompt (everything visible) and over
+itself (causal) are computed apart and merged by their log-sum-exp, which is exact (flash_cpu.py).
 
-Shape letters: N flat tokens, B rows of a batch, T time, S keys, H query heads, G key-value heads, R = H / G, K head size.
+Shape letters: N flat tokens, B rows of a batch, T time, S keys, H query heads, G key-value heads, R = H / G,
+K head size.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flash_cpu import attend_lse, flash_attention, merge_attention, prefix_spans, rectangles
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -121,19 +123,19 @@ class PackedAttention:
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        self.rectangles = _rectangles([r for r in layout.runs if r.length])
-        self.prefixed = _prefix_spans(layout)
+        self.rectangles = rectangles([r for r in layout.runs if r.length])
+        self.prefixes = prefix_spans(layout.runs)
         self._index: dict[torch.device, tuple] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.device.type == "cpu":
-            return _PackedFlashCPU.apply(q, k, v, self.rectangles, self.prefixed)
+        if q.device.type == "cpu" and q.dtype != torch.float64:
+            return flash_attention(q, k, v, self.rectangles, self.prefixes)
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(q, k, v)
         return attend_each_run(self.layout, q, k, v)
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One call for all runs: keys are gathered as [prefix, own], and the causal mask is aligned at the bottom right."""
+        """One call for all runs: keys are gathered as [prefix, own]; the causal mask is aligned at the bottom right."""
         from torch.nn.attention.varlen import varlen_attn
 
         if q.device not in self._index:
@@ -145,7 +147,7 @@ class PackedAttention:
 
 
 def attend_each_run(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The obvious way on any device: one scaled_dot_product_attention a run, with a mask where a prefix stands before it."""
+    """The obvious way on any device: one scaled_dot_product_attention a run, with a mask. The slow twin."""
     out = []
     for run in layout.runs:
         mask = torch.ones(run.length, run.prefix_length + run.length, dtype=torch.bool, device=q.device)
@@ -167,152 +169,6 @@ def _varlen_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor,
     len_q, len_k = [r.length for r in runs], [r.prefix_length + r.length for r in runs]
     cu_q, cu_k = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(torch.int32) for n in (len_q, len_k))
     return torch.cat(rows).to(device), cu_q.to(device), cu_k.to(device), max(len_q), max(len_k)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The CPU path
-
-
-def _rectangles(runs: Sequence[Run], slack: float = 1.25) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Runs of similar length as padded rectangles [B, T].
-
-    Padding stands at the end, where causal attention never looks back from a real row, so no mask is needed.
-    Each rectangle is (row index [B, T], flat positions inside it that are real [M], the rows they belong to [M]).
-    """
-    rectangles, batch = [], []
-    for run in sorted(runs, key=lambda r: r.length):
-        if batch and run.length > slack * batch[0].length + 4:
-            rectangles.append(_rectangle(batch))
-            batch = []
-        batch.append(run)
-    return [*rectangles, _rectangle(batch)] if batch else rectangles
-
-
-def _rectangle(runs: Sequence[Run]) -> tuple[Tensor, Tensor, Tensor]:
-    offsets = torch.arange(max(r.length for r in runs))
-    starts, lengths = torch.tensor([r.start for r in runs])[:, None], torch.tensor([r.length for r in runs])[:, None]
-    rows, real = starts + offsets.clamp(max=lengths - 1), offsets < lengths
-    return rows, real.flatten().nonzero()[:, 0], rows[real]
-
-
-def _prefix_spans(layout: Layout) -> list[tuple[slice, slice]]:
-    """(rows of consecutive runs that share a prefix, rows of that prefix)."""
-    spans: list[tuple[slice, slice]] = []
-    for run in layout.runs:
-        if not run.prefix_length or not run.length:
-            continue
-        if spans and spans[-1][1] == run.prefix_rows and spans[-1][0].stop == run.start:
-            spans[-1] = (slice(spans[-1][0].start, run.rows.stop), run.prefix_rows)
-        else:
-            spans.append((run.rows, run.prefix_rows))
-    return spans
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
-
-
-def attend_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[B, H, T, K] x [B, H, S, K] -> output [B, H, T, K] and the log-sum-exp of the scores [B, H, T] (fp32).
-
-    `mask` is additive, [B, 1, 1, S].
-    """
-    if q.device.type == "cpu" and q.dtype != torch.float64:
-        return _flash(q, k, v, causal=False, mask=None if mask is None else mask.expand(-1, -1, q.shape[2], -1))
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
-    scores = scores if mask is None else scores + mask
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
-
-
-def _flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal)
-
-
-def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint key sets from the attention over each: [..., K] and [...] -> the same, fp32."""
-    lse = torch.logaddexp(lse1, lse2)
-    w1, w2 = (lse1 - lse).exp()[..., None], (lse2 - lse).exp()[..., None]
-    return w1 * o1.float() + w2 * o2.float(), lse
-
-
-class _PackedFlashCPU(torch.autograd.Function):
-    """Flash attention of causal rectangles plus the shared prefixes, merged.
-
-    The backward of each part needs only the merged output and log-sum-exp: dS_ij = P_ij (dP_ij - dO_i . O_i) with
-    P_ij = exp(S_ij - lse_i), so the kernel's own backward is called part by part and the gradients add up.
-    """
-
-    @staticmethod
-    def forward(ctx, q_NHK, k_NGK, v_NGK, rectangles, prefixed):
-        o = torch.empty_like(q_NHK)
-        lse = torch.empty(q_NHK.shape[:2], dtype=torch.float32)  # [N, H]
-        for rows, real, flat in rectangles:
-            o_BHTK, lse_BHT = _flash(*_gather(q_NHK, k_NGK, v_NGK, rows), causal=True)
-            o[flat] = o_BHTK.transpose(1, 2).flatten(0, 1)[real]
-            lse[flat] = lse_BHT.transpose(1, 2).flatten(0, 1)[real]
-        for span, prefix in prefixed:
-            q, k, v = (
-                _stack_heads(q_NHK[span], k_NGK.shape[1]),
-                _heads_first(k_NGK[prefix]),
-                _heads_first(v_NGK[prefix]),
-            )
-            o_prefix, lse_prefix = _flash(q, k, v, causal=False)
-            o_prefix, lse_prefix = (
-                _unstack_heads(o_prefix, q_NHK[span]),
-                _unstack_heads(lse_prefix[..., None], lse[span][..., None]),
-            )
-            merged, lse[span] = merge_attention(o[span], lse[span], o_prefix, lse_prefix[..., 0])
-            o[span] = merged.to(o.dtype)
-        ctx.save_for_backward(q_NHK, k_NGK, v_NGK, o, lse)
-        ctx.rectangles, ctx.prefixed = rectangles, prefixed
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        q_NHK, k_NGK, v_NGK, o, lse = ctx.saved_tensors
-        n_kv, group = k_NGK.shape[1], q_NHK.shape[1] // k_NGK.shape[1]
-        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q_NHK, k_NGK, v_NGK))
-        for rows, real, flat in ctx.rectangles:
-            do_rect = torch.zeros(rows.numel(), *do.shape[1:], dtype=do.dtype)  # padding rows send no gradient back
-            do_rect[real] = do[flat]
-            do_rect = do_rect.view(*rows.shape, *do.shape[1:]).transpose(1, 2)
-            o_rect, lse_rect = o[rows].transpose(1, 2), lse[rows].transpose(1, 2).contiguous()
-            grads = _flash_backward(do_rect, *_gather(q_NHK, k_NGK, v_NGK, rows), o_rect, lse_rect, True)
-            gq, gk, gv = (g.transpose(1, 2).flatten(0, 1)[real] for g in grads)  # [M, H, K]
-            dq[flat] = gq.float()
-            dk[flat] = gk.float().unflatten(1, (n_kv, group)).sum(2)
-            dv[flat] = gv.float().unflatten(1, (n_kv, group)).sum(2)
-        for span, prefix in ctx.prefixed:
-            q, do_, o_ = (_stack_heads(x[span], n_kv) for x in (q_NHK, do, o))
-            lse_ = _stack_heads(lse[span][..., None], n_kv)[..., 0]
-            gq, gk, gv = _flash_backward(
-                do_, q, _heads_first(k_NGK[prefix]), _heads_first(v_NGK[prefix]), o_, lse_, False
-            )
-            dq[span] += _unstack_heads(gq, q_NHK[span])
-            dk[prefix] += gk[0].transpose(0, 1)
-            dv[prefix] += gv[0].transpose(0, 1)
-        return dq.to(q_NHK.dtype), dk.to(k_NGK.dtype), dv.to(v_NGK.dtype), None, None
-
-
-def _gather(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [B, T] of q, k, v as [B, H, T, K]; each key head is repeated for the query heads that share it."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x[rows].repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
-    return q[rows].transpose(1, 2), k, v
-
-
-def _heads_first(x_SGK: Tensor) -> Tensor:
-    return x_SGK.transpose(0, 1)[None]  # [S, G, K] -> [1, G, S, K]
-
-
-def _stack_heads(x_MHK: Tensor, n_kv: int) -> Tensor:
-    """The query heads that share a key head become more queries of it: [M, H, K] -> [1, G, M * R, K]."""
-    return x_MHK.unflatten(1, (n_kv, -1)).transpose(0, 1).flatten(1, 2)[None]
-
-
-def _unstack_heads(x: Tensor, like_MHK: Tensor) -> Tensor:
-    return x[0].unflatten(1, (like_MHK.shape[0], -1)).transpose(0, 1).reshape(like_MHK.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +242,7 @@ class KVCache:
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each of B rows brings a chunk of T tokens, flat [B * T]; they see the row's cache and, causally, themselves."""
+        """Each of B rows brings a chunk of T tokens, flat [B * T], which see the row's cache and, causally, themselves."""
         q, k, v = (x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) for x in (q, k, v))  # -> [B, H, T, K]
         at = self.positions(q.shape[2])  # [B, T]
         index = at[:, None, :, None].expand_as(k)

@@ -4,7 +4,7 @@ Training adds a weight's gradient in place. Autograd's way makes a fresh tensor 
 billion bf16 weights that is gigabytes written and read for nothing. Here the product itself adds (`addmm_`: fp32
 inside, one rounding) once a gradient is there. `Linear.accumulate_in_place = False` is the slow twin.
 
-Decoding on a CPU multiplies by weights that were laid out for the matrix unit beforehand: `packed_weights(model, rows)`.
+Decoding on a CPU multiplies by weights laid out for its matrix unit beforehand: `with packed_weights(model, rows):`.
 Packing happens on entry and is forgotten on exit, so an update can never be missed.
 """
 
