@@ -96,6 +96,8 @@ class Qwen2Config:
             raise ValueError(f"model_type is {family!r}; this code reads {', '.join(FAMILIES)}")
         _refuse_unsupported(raw)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling or rope_parameters is {rope!r}, expected an object")
         theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
         hidden, heads = _positive_int(raw, "hidden_size"), _positive_int(raw, "num_attention_heads")
         config = cls(
@@ -134,8 +136,8 @@ class Qwen2Config:
             "rope_parameters": rope,
             "rope_scaling": self.rope_scaling,
         }
-        if dtype is not None:
-            known["torch_dtype"] = str(dtype).removeprefix("torch.")
+        if dtype is not None:  # under both names: transformers believes `dtype` where a file has it
+            known["torch_dtype"] = known["dtype"] = str(dtype).removeprefix("torch.")
         return {**self.raw, **known}
 
 
@@ -163,9 +165,7 @@ def _refuse_unsupported(raw: dict) -> None:
         raise ValueError("mlp_bias is true; this code has feed-forward layers without bias only")
 
 
-def _rope_scaling(rope: Any) -> dict[str, Any] | None:
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}, expected an object")
+def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -200,6 +200,12 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("frequencies", self.compute_frequencies(), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True) -> RotaryEmbedding:
+        """Move with the model, but stay fp32 when it is cast: in bf16, angles of late positions would be noise."""
+        super()._apply(fn, recurse)
+        self.frequencies = self.compute_frequencies().to(self.frequencies.device)
+        return self
 
     def compute_frequencies(self) -> Tensor:
         """[K / 2] radians a token: theta^(-2i / K), stretched for long wavelengths where llama3 scaling asks for it."""

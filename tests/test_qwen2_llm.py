@@ -1,0 +1,494 @@
+"""qwen2_llm.py: parity with transformers, padding, RoPE, loading, saving, and every way a checkpoint can be broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import make_config, make_model, randomize
+from safetensors.torch import load_file, save_file
+
+from attention import EagerAttention, Layout, PackedAttention
+from qwen2_llm import Qwen2Config, Qwen2ForCausalLM, RMSNorm, RotaryEmbedding, apply_rope
+
+ROOT = Path(__file__).parents[1]
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 1000.0,
+}  # fmt: skip
+SIZES = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "pad_token_id": None,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+FAMILIES = {
+    "qwen2-tied": (transformers.Qwen2Config, {**PLAIN, "tie_word_embeddings": True}),
+    "qwen2-untied": (transformers.Qwen2Config, {**PLAIN, "tie_word_embeddings": False}),
+    "qwen2-mha": (transformers.Qwen2Config, {**PLAIN, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2-one-kv-head": (transformers.Qwen2Config, {**PLAIN, "num_key_value_heads": 1}),
+    "llama3-scaled": (transformers.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-biased": (transformers.LlamaConfig, {**PLAIN, "attention_bias": True, "head_dim": 12}),
+    "qwen3": (transformers.Qwen3Config, {**PLAIN, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-untied": (transformers.Qwen3Config, {**PLAIN, "head_dim": 6, "tie_word_embeddings": False}),
+}
+
+
+def reference_model(name: str) -> transformers.PreTrainedModel:
+    kind, changes = FAMILIES[name]
+    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES | changes), attn_implementation="eager")
+    return randomize(model.float().eval(), seed=1)
+
+
+def random_ids(*shape: int, high: int = 101, seed: int = 0) -> torch.Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def message_of(error: pytest.ExceptionInfo) -> str:
+    """The error's text, which must be one line."""
+    text = str(error.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+# --- parity
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_gradients_equal_transformers(name, tmp_path):
+    """CHECKLIST 26. All biases and norm weights are random; every parameter's gradient is compared as well."""
+    theirs = reference_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    ids, weights = random_ids(3, 90), torch.randn(3, 90, 101, generator=torch.Generator().manual_seed(2))
+    expected, logits = theirs(input_ids=ids).logits, ours(ids)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    (expected * weights).mean().backward()
+    (logits * weights).mean().backward()
+    expected_grads = {n: p.grad for n, p in theirs.named_parameters()}
+    assert set(expected_grads) == {n for n, _ in ours.named_parameters()}
+    for parameter_name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected_grads[parameter_name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shard_size", ["100MB", "20KB"], ids=["one-file", "index-of-shards"])
+def test_transformers_folders_are_read_whole(shard_size, tmp_path):
+    """CHECKLIST 26. One file, or shards with an index: every tensor arrives unchanged."""
+    theirs = reference_model("qwen2-untied")
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
+    ours = dict(Qwen2ForCausalLM.from_pretrained(tmp_path).named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours.pop(name), parameter)
+    assert not ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_opens_what_is_saved(name, dtype, tmp_path):
+    """CHECKLIST 26. Equal weights in the dtype they were saved in, and (in fp32) equal logits."""
+    reference_model(name).save_pretrained(tmp_path / "theirs")
+    ours = Qwen2ForCausalLM.from_pretrained(tmp_path / "theirs", dtype=dtype)
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.dtype == dtype
+    for parameter_name, parameter in again.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(parameter_name))
+    if dtype == torch.float32:
+        ids = random_ids(2, 60)
+        torch.testing.assert_close(again(input_ids=ids).logits, ours(ids), atol=1e-5, rtol=0)
+
+
+def test_a_folder_may_be_saved_over_the_one_it_was_loaded_from(tmp_path):
+    """Loaded tensors must not be views of the file that saving truncates."""
+    make_model().save_pretrained(tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(saved[name], before[name])
+
+
+# --- the parts
+
+
+def test_rms_norm_is_the_formula_in_fp32():
+    norm, x = RMSNorm(6, eps=0.1), torch.randn(5, 6, dtype=torch.bfloat16)
+    norm.weight.data = torch.randn(6).to(torch.bfloat16)
+    for row, out in zip(x, norm(x), strict=True):
+        size = math.sqrt(sum(float(value) ** 2 for value in row) / 6 + 0.1)
+        unit = torch.tensor([float(value) / size for value in row]).to(torch.bfloat16)
+        assert torch.equal(out, unit * norm.weight)
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    config = make_config(head_dim=6, rope_theta=100.0)
+    x, positions = torch.randn(4, 2, 6), torch.tensor([0, 1, 7, 300])
+    out = apply_rope(x, *RotaryEmbedding(config)(positions))
+    for n, position in enumerate(positions.tolist()):
+        for i in range(3):
+            angle = position * 100.0 ** (-2 * i / 6)
+            pair = torch.view_as_complex(torch.stack([x[n, :, i], x[n, :, i + 3]], dim=-1))
+            turned = pair * complex(math.cos(angle), math.sin(angle))
+            torch.testing.assert_close(out[n, :, i], turned.real, atol=1e-4, rtol=0)
+            torch.testing.assert_close(out[n, :, i + 3], turned.imag, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16().float()])
+def test_rope_frequencies_stay_fp32_when_the_model_is_cast(cast):
+    """In bf16 an angle at position 300 would be off by more than a radian."""
+    model = make_model()
+    expected = model.model.rope.compute_frequencies()
+    assert torch.equal(cast(model).model.rope.frequencies, expected)
+    assert torch.equal(Qwen2ForCausalLM.from_config(make_config(), torch.bfloat16).model.rope.frequencies, expected)
+
+
+# --- padding
+
+
+@pytest.mark.parametrize("attention", [PackedAttention, lambda layout: EagerAttention(layout.mask())])
+def test_flat_rows_equal_each_text_alone(attention):
+    """CHECKLIST 10."""
+    model, lengths = make_model(), [5, 1, 9]
+    texts = [random_ids(n, seed=n) for n in lengths]
+    layout = Layout.causal(lengths)
+    logits = model.logits(model.hidden_states(torch.cat(texts), layout.positions(), attention(layout)))
+    for text, part in zip(texts, logits.split(lengths), strict=True):
+        torch.testing.assert_close(part, model(text[None])[0], atol=1e-5, rtol=0)
+
+
+def test_padding_on_either_side_with_any_ids_changes_nothing():
+    """CHECKLIST 10. Logits and every gradient equal those of the texts one by one, also with a row of padding only."""
+    lengths, width = [4, 7, 1, 0], 7
+    texts = [random_ids(n, seed=n) for n in lengths]
+    weights = [torch.randn(n, 275, generator=torch.Generator().manual_seed(n)) for n in lengths]
+    alone = make_model()
+    expected = [alone(text[None])[0] if len(text) else torch.zeros(0, 275) for text in texts]
+    sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
+    for left in (True, False):
+        for garbage in (0, 256, 274):
+            ids, mask = torch.full((4, width), garbage), torch.zeros(4, width, dtype=torch.long)
+            for row, text in enumerate(texts):
+                place = slice(width - len(text), width) if left else slice(len(text))
+                ids[row, place], mask[row, place] = text, 1
+            model = make_model()
+            logits = model(ids, mask)
+            assert torch.isfinite(logits).all()
+            assert torch.equal(logits[mask == 0], torch.zeros_like(logits[mask == 0]))
+            for row in range(4):
+                torch.testing.assert_close(logits[row][mask[row] == 1], expected[row], atol=1e-5, rtol=0)
+            sum((logits[row][mask[row] == 1] * weights[row]).sum() for row in range(4)).backward()
+            for ours, reference in zip(model.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, reference.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_batch_equals_transformers(tmp_path):
+    """CHECKLIST 10, CHECKLIST 26. Left padding, as transformers generates with it, and right padding."""
+    theirs = reference_model("qwen2-tied")
+    theirs.save_pretrained(tmp_path)
+    ours, ids = Qwen2ForCausalLM.from_pretrained(tmp_path), random_ids(2, 8)
+    for mask in (torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]), torch.tensor([[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(ours(ids, mask)[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+
+
+def test_a_real_token_with_the_id_of_padding_is_attended(tokenizer):
+    """CHECKLIST 7. Without a mask no id is special; the later logits depend on a pad id in the middle."""
+    model, pad = make_model(), tokenizer.pad_token_id
+    ids = torch.tensor([[5, pad, 9]])
+    alone = model(torch.tensor([[5, 9]]))
+    assert (model(ids)[0, 2] - alone[0, 1]).abs().max() > 1e-2
+    torch.testing.assert_close(model(ids), model(ids, torch.ones(1, 3)))
+
+
+def test_ids_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[batch, time\]"):
+        make_model()(torch.tensor([1, 2]))
+
+
+# --- gradient checkpointing
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(tied):
+    """CHECKLIST 34. And it really runs each block twice."""
+    ids, gradients, losses, calls = random_ids(2, 12, high=275), [], [], []
+    for on in (False, True):
+        model = make_model(make_config(tie_word_embeddings=tied))
+        model.model.gradient_checkpointing = on
+        count = []
+        model.model.layers[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        loss = model(ids).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        calls.append(len(count))
+    assert losses[0] == losses[1]
+    assert calls == [1, 2]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-7, rtol=1e-6)
+        assert gradient.abs().sum() > 0, name
+
+
+# --- config.json
+
+OLD = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21, "max_position_embeddings": 32768,
+    "hidden_act": "silu", "eos_token_id": 151645,
+}  # fmt: skip
+
+
+def test_old_and_new_configs_say_the_same():
+    """CHECKLIST 35. `rope_theta` or `rope_parameters`, `torch_dtype` or `dtype`."""
+    new = {k: v for k, v in OLD.items() if k not in ("rope_theta", "torch_dtype")}
+    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "dtype": "bfloat16"}
+    new |= {"layer_types": ["full_attention"] * 24, "head_dim": None}
+    a, b = Qwen2Config.from_dict(OLD), Qwen2Config.from_dict(new)
+    a.raw = b.raw = {}
+    assert a == b
+    assert (a.rope_theta, a.head_dim, a.tie_word_embeddings, a.attention_bias) == (1e6, 64, True, True)
+
+
+def test_llama3_scaling_of_old_and_new_configs_is_the_same():
+    """CHECKLIST 35."""
+    base = {**OLD, "model_type": "llama"}
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    a = Qwen2Config.from_dict({**base, "rope_theta": 1000.0, "rope_scaling": scaling})
+    b = Qwen2Config.from_dict({k: v for k, v in base.items() if k != "rope_theta"} | {"rope_parameters": LLAMA3})
+    a.raw = b.raw = {}
+    assert a == b
+    assert (a.rope_theta, a.rope_scaling["factor"], a.attention_bias) == (1000.0, 8.0, False)
+
+
+def test_absent_rope_theta_and_tying_mean_what_transformers_means():
+    """CHECKLIST 35."""
+    short = {k: v for k, v in OLD.items() if k not in ("rope_theta", "tie_word_embeddings", "rms_norm_eps")}
+    config, theirs = Qwen2Config.from_dict(short), transformers.Qwen2Config()
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gemma"}, ["model_type", "gemma", "qwen2"]),
+        ({"model_type": None}, ["model_type"]),
+        ({"use_sliding_window": True}, ["sliding-window", "use_sliding_window"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn", "llama3"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, ["linear"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "None"]),
+        ({"rope_scaling": "yarn"}, ["rope_scaling", "yarn", "object"]),
+        ({"rope_parameters": ["default"]}, ["default", "object"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"hidden_size": "896"}, ["hidden_size", "'896'"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
+        ({"vocab_size": True}, ["vocab_size"]),
+        ({"num_key_value_heads": 3}, ["14", "3"]),
+        ({"head_dim": 63}, ["63", "even"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps"]),
+        ({"rope_theta": "big"}, ["rope_theta", "big"]),
+    ],
+)
+def test_a_config_that_cannot_be_computed_is_refused_in_a_sentence(change, words, tmp_path):
+    """CHECKLIST 35. The file is named too."""
+    (tmp_path / "config.json").write_text(json.dumps(OLD | change))
+    with pytest.raises(ValueError) as error:
+        Qwen2Config.from_pretrained(tmp_path)
+    message = message_of(error)
+    assert all(word in message for word in [*words, "config.json"]), message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+def test_a_config_that_is_no_object_is_refused_by_name(content, tmp_path):
+    """CHECKLIST 35."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        Qwen2Config.from_pretrained(tmp_path)
+    message_of(error)
+
+
+def test_saving_writes_back_the_keys_it_does_not_know(tmp_path):
+    """CHECKLIST 35. The dtype is the one saved now, whichever key the file had it under."""
+    raw = {**OLD, **SIZES, "eos_token_id": 7, "made_by": "someone", "dtype": "float16"}
+    for dtype in (torch.bfloat16, torch.float32):
+        written = Qwen2Config.from_dict(raw).to_dict(dtype)
+        assert (written["eos_token_id"], written["made_by"]) == (7, "someone")
+        assert {written[key] for key in ("dtype", "torch_dtype") if key in written} == {str(dtype)[6:]}
+        again = Qwen2Config.from_dict(written)
+        assert again.to_dict(dtype) == written
+
+
+# --- loading what is broken
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    make_model(make_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def split_into_shards(folder: Path) -> dict[str, str]:
+    """Turn a folder's one file into two shards and an index; returns the weight map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"part-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
+    write_index(folder, {"weight_map": weight_map})
+    return weight_map
+
+
+def write_index(folder: Path, content: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def refusal(folder: Path, kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind) as error:
+        Qwen2ForCausalLM.from_pretrained(folder)
+    return message_of(error)
+
+
+def test_shards_are_read_like_one_file(saved):
+    expected = dict(Qwen2ForCausalLM.from_pretrained(saved).named_parameters())
+    expected = {name: parameter.detach().clone() for name, parameter in expected.items()}
+    split_into_shards(saved)
+    for name, parameter in Qwen2ForCausalLM.from_pretrained(saved).named_parameters():
+        assert torch.equal(parameter, expected.pop(name))
+    assert not expected
+
+
+def test_missing_files_are_named(saved):
+    """CHECKLIST 46."""
+    assert "nowhere" in refusal(saved / "nowhere", FileNotFoundError)
+    split_into_shards(saved)
+    (saved / "part-1.safetensors").unlink()
+    assert "part-1.safetensors is missing" in refusal(saved, FileNotFoundError)
+    (saved / "model.safetensors.index.json").unlink()
+    assert "neither model.safetensors nor" in refusal(saved, FileNotFoundError)
+    (saved / "config.json").unlink()
+    assert "config.json does not exist" in refusal(saved, FileNotFoundError)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_a_truncated_file_is_named(keep, saved):
+    """CHECKLIST 46."""
+    path = saved / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    message = refusal(saved)
+    assert "model.safetensors" in message
+    assert "download it again" in message
+
+
+def test_a_truncated_shard_is_named(saved):
+    """CHECKLIST 46."""
+    split_into_shards(saved)
+    path = saved / "part-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "part-1.safetensors" in refusal(saved)
+
+
+def test_wrong_shapes_missing_and_foreign_tensors_are_named(saved):
+    """CHECKLIST 46."""
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file({**tensors, name: torch.zeros(31, 32)}, path)
+    message = refusal(saved)
+    assert name in message
+    assert "(31, 32)" in message
+    assert "(32, 32)" in message
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    assert f"lacks 1 tensors, the first is '{name}'" in refusal(saved)
+    save_file({**tensors, "model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)}, path)
+    assert "model.layers.2.mlp.up_proj.weight" in refusal(saved)
+
+
+def test_an_index_may_not_leave_its_folder(saved):
+    """A downloaded index must not make the loader read files elsewhere."""
+    weight_map = split_into_shards(saved)
+    for shard in ("../part-0.safetensors", str(saved / "part-0.safetensors"), "sub/part-0.safetensors"):
+        write_index(saved, {"weight_map": {**weight_map, "model.norm.weight": shard}})
+        assert repr(shard) in refusal(saved)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"weight_map": 3}, {"weight_map": ["a"]}, "x", None])
+def test_a_broken_index_is_named(content, saved):
+    split_into_shards(saved)
+    write_index(saved, content)
+    assert "model.safetensors.index.json" in refusal(saved)
+
+
+def test_an_index_that_names_a_tensor_its_shard_lacks(saved):
+    weight_map = split_into_shards(saved)
+    write_index(saved, {"weight_map": {**weight_map, "lm_head.weight": "part-1.safetensors"}})
+    assert "lm_head.weight" in refusal(saved)
+
+
+def test_a_copy_of_the_tied_embedding_and_old_buffers_are_passed_over(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    ids = random_ids(1, 9)
+    assert torch.equal(Qwen2ForCausalLM.from_pretrained(tmp_path)(ids), model(ids))
+
+
+MEASURE = """
+import sys, torch
+from qwen2_llm import Qwen2ForCausalLM
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+Qwen2ForCausalLM.from_pretrained(sys.argv[1])
+before = peak()
+model = Qwen2ForCausalLM.from_pretrained(sys.argv[2])
+total = sum(p.double().sum().item() for p in model.parameters())  # touch every page
+print((peak() - before) * 1024 / sum(p.numel() * 4 for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_loading_never_holds_the_weights_twice(tmp_path):
+    """Peak memory of a process that loads 64 MB of fp32 weights: one copy of them, and less than half a second one."""
+    big = make_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    make_model().save_pretrained(tmp_path / "small")  # so that what torch itself allocates is there before
+    Qwen2ForCausalLM.from_config(big).save_pretrained(tmp_path / "big")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "big")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert 0.5 < float(done.stdout) < 1.5
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    a, b, c = (dict(Qwen2ForCausalLM.from_config(make_config(), seed=seed).named_parameters()) for seed in (3, 3, 4))
+    for name, parameter in a.items():
+        assert torch.equal(parameter, b[name])
+        assert parameter.ndim == 1 or not torch.equal(parameter, c[name])
+    assert abs(a["model.layers.0.mlp.down_proj.weight"].std() * 48**0.5 - 0.8) < 0.05
