@@ -242,7 +242,7 @@ class KVCache:
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each of B rows brings a chunk of T tokens, flat [B * T], which see the row's cache and, causally, themselves."""
+        """Each of B rows brings T tokens, flat [B * T], which see the row's cache and, causally, themselves."""
         q, k, v = (x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) for x in (q, k, v))  # -> [B, H, T, K]
         at = self.positions(q.shape[2])  # [B, T]
         index = at[:, None, :, None].expand_as(k)

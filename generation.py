@@ -33,6 +33,7 @@ from qwen2_llm import Qwen2ForCausalLM
 from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+CHECK_EVERY = 16  # tokens between two looks at how many rows still run, where a look waits for the device
 
 
 @dataclass(frozen=True)
@@ -140,33 +141,36 @@ def _generate_batch(
     first_index: int,
 ) -> list[Completion]:
     hidden, cache = _prefill(model, ids, params, share_prompt)
-    rows = torch.arange(len(ids) * params.n)  # which answer each decoding row belongs to
-    sampled = torch.zeros(len(rows), params.max_new_tokens, dtype=torch.long)
-    logprobs = torch.zeros(len(rows), params.max_new_tokens)
-    lengths = torch.full((len(rows),), params.max_new_tokens)
-    stopped = torch.zeros(len(rows), dtype=torch.bool)
-    stop_ids = torch.tensor(sorted(tokenizer.eos_token_ids))
-    for t in range(params.max_new_tokens):
+    device, total, cap = model.device, len(ids) * params.n, params.max_new_tokens
+    uniforms, stop_ids = uniforms.to(device), torch.tensor(sorted(tokenizer.eos_token_ids), device=device)
+    sampled = torch.zeros(total, cap, dtype=torch.long, device=device)
+    logprobs = torch.zeros(total, cap, device=device)
+    lengths = torch.full((total,), cap, device=device)
+    stopped = torch.zeros(total, dtype=torch.bool, device=device)
+    rows = torch.arange(total, device=device)  # which answer each decoding row belongs to
+    check_every = 1 if device.type == "cpu" else CHECK_EVERY
+    for t in range(cap):
         token, logprob = sample(model.logits(hidden), uniforms[rows, t], params, tokenizer.vocab_size)
-        token, logprob = token.cpu(), logprob.cpu()
         sampled[rows, t], logprobs[rows, t] = token, logprob
         ends = torch.isin(token, stop_ids) | _ends_with_string(sampled[rows, : t + 1], params.stop, tokenizer)
-        newly = rows[ends & ~stopped[rows]]
-        lengths[newly], stopped[newly] = t + 1, True
-        running = ~stopped[rows]
-        if t + 1 == params.max_new_tokens or not running.any():
+        lengths[rows] = torch.where(ends & ~stopped[rows], t + 1, lengths[rows])
+        stopped[rows] |= ends
+        if t + 1 == cap:
             break
-        if running.sum() <= 0.85 * len(rows):  # a copy of the cache: not for every row that ends
-            keep = running.nonzero()[:, 0]
-            rows, token = rows[keep], token[keep]
-            cache.keep(keep.to(model.device))
-        positions = cache.positions().flatten()
-        hidden = model.hidden_states(token.to(model.device), positions, cache.attend)
+        if (t + 1) % check_every == 0:  # the only wait for the device
+            running = ~stopped[rows]
+            alive = int(running.sum())
+            if alive == 0:
+                break
+            if alive <= 0.85 * len(rows):  # a copy of the cache: not for every row that ends
+                keep = running.nonzero()[:, 0]
+                rows, token = rows[keep], token[keep]
+                cache.keep(keep)
+        hidden = model.hidden_states(token, cache.positions().flatten(), cache.attend)
         cache.advance()
+    sampled, logprobs, stopped = sampled.cpu(), logprobs.cpu(), stopped.tolist()
     return [
-        _completion(
-            i, first_index, ids[i // params.n], sampled[i, :n], logprobs[i, :n], bool(stopped[i]), params, tokenizer
-        )
+        _completion(i, first_index, ids[i // params.n], sampled[i, :n], logprobs[i, :n], stopped[i], params, tokenizer)
         for i, n in enumerate(lengths.tolist())
     ]
 
@@ -184,7 +188,7 @@ def _prefill(model: Qwen2ForCausalLM, ids: list[list[int]], params: SamplingPara
 
 def _ends_with_string(sampled: Tensor, stop: tuple[str, ...], tokenizer: Tokenizer) -> Tensor:
     """[N] bool: does the text so far hold a stop string that its last token completed?"""
-    ends = torch.zeros(len(sampled), dtype=torch.bool)
+    ends = torch.zeros(len(sampled), dtype=torch.bool, device=sampled.device)
     if not stop:
         return ends
     tail = max(len(s.encode()) for s in stop) + 1  # a token is at least a byte, so a stop string lies in so many tokens
