@@ -199,7 +199,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.register_buffer("frequencies", self.compute_frequencies(), persistent=False)
+        # No buffer: model.to(torch.bfloat16) would round it, and move every rotation with it.
+        self.frequencies: dict[torch.device, Tensor] = {}
 
     def _apply(self, fn, recurse: bool = True) -> RotaryEmbedding:
         """Move with the model, but stay fp32 when it is cast: in bf16, angles of late positions would be noise."""
@@ -220,7 +221,9 @@ class RotaryEmbedding(nn.Module):
         return frequencies * (keep + (1 - keep) / scaling["factor"])
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[:, None, None].float() * self.frequencies  # [N, 1, K / 2]
+        if positions.device not in self.frequencies:
+            self.frequencies[positions.device] = self.compute_frequencies().to(positions.device)
+        angles = positions[:, None, None].float() * self.frequencies[positions.device]  # [N, 1, K / 2]
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
@@ -401,13 +404,13 @@ class Qwen2ForCausalLM(nn.Module):
                     f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for {expected}"
                 )
             owner, leaf = name.rpartition(".")[::2]
-            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
+            # A copy: the tensor read may be a view of the file, which somebody may overwrite during the run.
+            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
             setattr(model.get_submodule(owner), leaf, parameter)
         if wanted:
             raise ValueError(
                 f"{folder} lacks {len(wanted)} tensors, the first is {sorted(wanted)[0]!r}; download it again"
             )
-        model.model.rope.frequencies = model.model.rope.compute_frequencies().to(device)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
