@@ -202,12 +202,6 @@ class RotaryEmbedding(nn.Module):
         # No buffer: model.to(torch.bfloat16) would round it, and move every rotation with it.
         self.frequencies: dict[torch.device, Tensor] = {}
 
-    def _apply(self, fn, recurse: bool = True) -> RotaryEmbedding:
-        """Move with the model, but stay fp32 when it is cast: in bf16, angles of late positions would be noise."""
-        super()._apply(fn, recurse)
-        self.frequencies = self.compute_frequencies().to(self.frequencies.device)
-        return self
-
     def compute_frequencies(self) -> Tensor:
         """[K / 2] radians a token: theta^(-2i / K), stretched for long wavelengths where llama3 scaling asks for it."""
         K, scaling = self.config.head_dim, self.config.rope_scaling

@@ -150,12 +150,14 @@ def test_rope_turns_each_pair_by_its_angle():
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16().float()])
-def test_rope_frequencies_stay_fp32_when_the_model_is_cast(cast):
-    """In bf16 an angle at position 300 would be off by more than a radian."""
-    model = make_model()
-    expected = model.model.rope.compute_frequencies()
-    assert torch.equal(cast(model).model.rope.frequencies, expected)
-    assert torch.equal(Qwen2ForCausalLM.from_config(make_config(), torch.bfloat16).model.rope.frequencies, expected)
+def test_rope_angles_stay_fp32_when_the_model_is_cast(cast):
+    """Rounded to bf16, an angle at position 300 would be off by more than half a radian."""
+    positions, models = torch.arange(400), [make_model(), make_model()]
+    models[1].model.rope(positions)  # cast once after it was used, and once before
+    for model in [*map(cast, models), Qwen2ForCausalLM.from_config(make_config(), torch.bfloat16)]:
+        for mine, expected in zip(model.model.rope(positions), RotaryEmbedding(make_config())(positions), strict=True):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine, expected)
 
 
 # --- padding
