@@ -398,8 +398,7 @@ class Qwen2ForCausalLM(nn.Module):
                     f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for {expected}"
                 )
             owner, leaf = name.rpartition(".")[::2]
-            # A copy: the tensor read may be a view of the file, which somebody may overwrite during the run.
-            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
+            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
             setattr(model.get_submodule(owner), leaf, parameter)
         if wanted:
             raise ValueError(
@@ -412,7 +411,9 @@ class Qwen2ForCausalLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.named_parameters()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        # Beside, then renamed: the weights may be views of the very file that this one replaces.
+        save_file(state, folder / "model.safetensors.new", metadata={"format": "pt"})
+        (folder / "model.safetensors.new").replace(folder / "model.safetensors")
         (folder / "config.json").write_text(
             json.dumps(self.config.to_dict(self.dtype), indent=2) + "\n", encoding="utf-8"
         )
@@ -435,7 +436,9 @@ def read_safetensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise FileNotFoundError(f"{path} is missing, though {index.name} names it; download it again")
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in names or tensors.keys():
+                names = names or list(tensors.keys())
+            for name in names:  # opened for each tensor: a file that stays open keeps all that was read in memory
+                with safe_open(path, framework="pt") as tensors:
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read ({error}); it may be half-downloaded: download it again") from None
