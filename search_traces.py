@@ -1,8 +1,8 @@
 """Worked examples for a warm start: an honest guess-and-check search for a Countdown problem, written out.
 
-    7*3=21, 21+5=26 no
-    5+3=8, 8*7=56 no
-    7-3=4, 5*4=20 ok
+    7*3=21,21+5=26 no
+    5+3=8,8*7=56 no
+    7-3=4,5*4=20 ok
     </think>
     <answer>5*(7-3)</answer>
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LARGEST_RESULT = 150
+LARGEST_RESULT = 100
 MAX_DRAWS = 60  # of attempts: those made before and those without a result in range are drawn again
 
 
@@ -77,7 +77,7 @@ def write_trace(
         if attempts >= searcher.patience or (closest and closest.number == target):
             break
         steps = _closest_of(searcher.thoughts, numbers, target, searcher.notice, rng)
-        line = ", ".join(step.shown for step in steps)
+        line = ",".join(step.shown for step in steps)
         if not steps or line in seen:
             continue
         last = steps[-1].value

@@ -27,7 +27,7 @@ from typing import Literal
 import tokenizers
 import torch
 import tyro
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from attention import Layout, PackedAttention
@@ -42,8 +42,12 @@ from tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them
-# Digits and line breaks stand alone. A merge that glued verdict, line break and bracket together was seen to hurt.
-PIECES = r"\n|[0-9]|, | no| ok| = | ?[A-Za-z]+|[^A-Za-z0-9]"
+# How text is cut before byte pairs are merged. The tokenizer is saved with Qwen2's own pattern, which transformers puts
+# in place whatever the file says; merges are learnt within finer pieces, so that no two signs are ever glued together.
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FINER_PIECES = r"\n|[0-9]| ?[A-Za-z]+| ?=|[^A-Za-z0-9]"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -88,20 +92,20 @@ class Options:
 def make_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int = 576) -> None:
     """Train a byte-level BPE on `texts` and write the tokenizer's files, so that transformers opens the folder."""
     backend = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _cut(FINER_PIECES)
     backend.decoder = decoders.ByteLevel()
     n_merged = vocab_size - len(SPECIAL_TOKENS) - len(TAGS)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # any text can be encoded, byte by byte if need be
     trainer = trainers.BpeTrainer(vocab_size=n_merged, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = _cut(QWEN2_PIECES)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -112,6 +116,11 @@ def make_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int = 576) ->
     generation = {"eos_token_id": [im_end, end_of_text], "pad_token_id": end_of_text, "do_sample": True}
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "generation_config.json", generation)
+
+
+def _cut(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def write_json(path: Path, content: dict) -> None:
