@@ -436,9 +436,7 @@ def read_safetensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise FileNotFoundError(f"{path} is missing, though {index.name} names it; download it again")
         try:
             with safe_open(path, framework="pt") as tensors:
-                names = names or list(tensors.keys())
-            for name in names:  # opened for each tensor: a file that stays open keeps all that was read in memory
-                with safe_open(path, framework="pt") as tensors:
+                for name in names or tensors.keys():
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read ({error}); it may be half-downloaded: download it again") from None
