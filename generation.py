@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,10 +57,11 @@ class SamplingParams:
     def __post_init__(self):
         if self.n < 1 or self.max_new_tokens < 1:
             raise ValueError(f"n={self.n}, max_new_tokens={self.max_new_tokens}: expected at least 1 of each")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+        sane = 0 <= self.temperature < math.inf and self.top_k >= 0  # False for NaN, too
+        if not (sane and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: expected "
-                "temperature and top_k of at least 0, top_p above 0 and up to 1, min_p from 0 to 1"
+                "a finite temperature and top_k of at least 0, top_p above 0 and up to 1, min_p from 0 to 1"
             )
 
     @property
