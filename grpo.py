@@ -40,6 +40,7 @@ from attention import Layout, PackedAttention
 from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
 from generation import SamplingParams, generate
+from linear import gradients_in_place
 from math_task import QuestionTask, Task, task_from_config
 from optimizer import MemoryEfficientAdamW, learning_rate
 from pretrained import load_pretrained, locate_pretrained
@@ -169,6 +170,7 @@ def update_policy(
     max_grad_norm: float = 1.0,
     micro_batch_tokens: int = 16384,
     shared_prefix: bool = True,
+    in_place_gradients: bool = True,
     **loss_options: float,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
@@ -180,6 +182,7 @@ def update_policy(
         max_new_tokens: dr_grpo's constant denominator; None takes the longest answer.
         micro_batch_tokens: most tokens in one forward and backward pass. Memory, not mathematics.
         shared_prefix: False repeats the prompt for every answer (the slow twin).
+        in_place_gradients: False lets autograd add the gradients of micro-batches (the slow twin).
 
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
     A non-finite loss or gradient refuses the step: weights stay as they were, `update/skipped` is 1 and a warning says
@@ -213,8 +216,9 @@ def update_policy(
         loss.backward()
         _add_up(totals, micro, loss, policy, logp, entropy, terms)
 
-    for micro in step.micro_batches(micro_batch_tokens):
-        backward(micro)
+    with gradients_in_place(in_place_gradients):
+        for micro in step.micro_batches(micro_batch_tokens):
+            backward(micro)
 
     metrics = _means(totals, beta)
     metrics["grad_norm"] = grad_norm = _clip_gradients(optimizer, max_grad_norm)

@@ -1,8 +1,8 @@
 """Matrix products with a weight: the two fast paths around `F.linear`, each with its slow twin.
 
-Training adds a weight's gradient in place. Autograd's way makes a fresh tensor a micro-batch and adds it: for half a
-billion bf16 weights that is gigabytes written and read for nothing. Here the product itself adds (`addmm_`: fp32
-inside, one rounding) once a gradient is there. `Linear.accumulate_in_place = False` is the slow twin.
+Training adds a weight's gradient in place: `with gradients_in_place():` around forward and backward. Autograd's way
+makes a fresh tensor a micro-batch and adds it, which for half a billion bf16 weights is gigabytes written and read for
+nothing; here the product itself adds (`addmm_`: fp32 inside, one rounding). Without the context, autograd does it.
 
 Decoding on a CPU multiplies by weights laid out for its matrix unit beforehand: `with packed_weights(model, rows):`.
 Packing happens on entry and is forgotten on exit, so an update can never be missed.
@@ -17,11 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_in_place = False
+
+
+@contextmanager
+def gradients_in_place(enabled: bool = True) -> Iterator[None]:
+    """Backward passes add the gradients of large weights to `.grad` themselves; autograd sees none for them."""
+    global _in_place
+    before, _in_place = _in_place, enabled
+    try:
+        yield
+    finally:
+        _in_place = before
+
+
+def gradient_in_place(weight: Tensor) -> Tensor | None:
+    """Where a backward pass shall add the gradient of `weight`, zeros at first; None: it is autograd's business."""
+    if not _in_place or not weight.is_leaf:
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
 
 class Linear(nn.Linear):
     """y = x W^T + b. [N, in] -> [N, out]"""
 
-    accumulate_in_place = True
     packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +53,7 @@ class Embedding(nn.Embedding):
     """ids [N] -> rows of the weight [N, D]"""
 
     def forward(self, ids: Tensor) -> Tensor:
-        if Linear.accumulate_in_place and torch.is_grad_enabled() and self.weight.requires_grad:
+        if _in_place and self.weight.requires_grad and torch.is_grad_enabled():
             return _Embedding.apply(ids, self.weight)
         return F.embedding(ids, self.weight)
 
@@ -41,17 +62,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
     """x W^T + b, by the fast path that fits."""
     if packed is not None and x.ndim == 2:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    if Linear.accumulate_in_place and torch.is_grad_enabled() and weight.requires_grad and x.ndim == 2:
+    if _in_place and weight.requires_grad and torch.is_grad_enabled() and x.ndim == 2:
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
-
-
-def add_product(weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
-    """The gradient dy^T x [O, I] of a weight: added to the gradient it has, or returned where it has none yet."""
-    if weight.is_leaf and weight.grad is not None:
-        weight.grad.addmm_(dy_NO.T, x_NI)
-        return None
-    return dy_NO.T @ x_NI
 
 
 class _Linear(torch.autograd.Function):
@@ -64,9 +77,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
+        gradient_in_place(ctx.weight).addmm_(dy.T, x)
         dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
-        d_bias = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return dx, add_product(ctx.weight, dy, x), d_bias
+        return dx, None, dy.sum(0) if ctx.has_bias else None
 
 
 class _Embedding(torch.autograd.Function):
@@ -78,12 +91,8 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (ids,) = ctx.saved_tensors
-        weight = ctx.weight
-        if weight.is_leaf and weight.grad is not None:
-            weight.grad.index_add_(0, ids, dy)
-            return None, None
-        return None, torch.zeros_like(weight).index_add_(0, ids, dy)
+        gradient_in_place(ctx.weight).index_add_(0, ctx.saved_tensors[0], dy)
+        return None, None
 
 
 @contextmanager

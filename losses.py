@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear import gradient_in_place
+
 LOG_RATIO_LIMIT = 20.0  # exp is continued by its tangent from here on: e^20 = 5e8, while e^89 overflows fp32
 LOGITS_AT_ONCE = 2**24  # the size of a slice of logits: large enough for the matrix products, 64 MiB as fp32
 CPU_TILE = 2**18  # of these, worked on at a time on a CPU: 1 MiB of fp32 stays in a core's cache from pass to pass
@@ -123,7 +125,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logp, grad_entropy = grad_logp / temperature, grad_entropy / temperature  # of the logits before scaling
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_rows = torch.zeros_like(hidden_rows, dtype=lse.dtype) if want_hidden else None
-        d_weight = torch.zeros_like(weight) if want_weight else None
+        in_place = gradient_in_place(weight) if want_weight else None
+        d_weight = torch.zeros_like(weight) if want_weight and in_place is None else in_place
         for lo, logits in _logit_slices(hidden_rows, weight, vocab_size, chunk):
             hi = lo + logits.shape[1]
             for tile in _tiles(logits):
@@ -133,9 +136,9 @@ class _TokenLogprobs(torch.autograd.Function):
             if want_hidden:
                 d_rows += logits @ weight[lo:hi]
             if want_weight:
-                torch.mm(logits.T, hidden_rows, out=d_weight[lo:hi])
+                d_weight[lo:hi].addmm_(logits.T, hidden_rows)
         d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype)) if want_hidden else None
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight if in_place is None else None, None, None, None, None
 
 
 def _logit_slices(hidden: Tensor, weight: Tensor, vocab_size: int | None, chunk: int):
