@@ -101,7 +101,7 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
     Only for bf16 weights on a CPU whose oneDNN has bf16 products; elsewhere nothing happens.
     """
-    linears = [m for m in model.modules() if type(m) is Linear and can_pack(m.weight)]
+    linears = [m for m in model.modules() if isinstance(m, Linear) and can_pack(m.weight)]
     try:
         for module in linears:
             module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, rows)

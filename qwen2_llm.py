@@ -410,7 +410,7 @@ class Qwen2ForCausalLM(nn.Module):
         """Write config.json and model.safetensors, in the names and the dtype the model has; transformers opens it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.named_parameters()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Beside, then renamed: the weights may be views of the very file that this one replaces.
         save_file(state, folder / "model.safetensors.new", metadata={"format": "pt"})
         (folder / "model.safetensors.new").replace(folder / "model.safetensors")
