@@ -46,9 +46,9 @@ def response_ids(completions) -> list[list[int]]:
     return [completion.response_ids for completion in completions]
 
 
-def stopping_model(bias: float = 3.0, seed: int = 0):
-    """A model that stops often: its head leans towards both stop ids."""
-    model = make_model(make_config(tie_word_embeddings=False), seed)
+def stopping_model(bias: float, stops: tuple[int, ...] = (256, 258)):
+    """A model that stops often: its head leans towards the stop ids, or away from them where `bias` is negative."""
+    model = make_model(make_config(tie_word_embeddings=False))
     direction = model.model.norm.weight.detach() * 0
     direction[0] = 1.0
     with torch.no_grad():
@@ -59,7 +59,7 @@ def stopping_model(bias: float = 3.0, seed: int = 0):
         model.model.embed_tokens.weight[:, 0] = 3.0
         model.model.norm.weight[0] = 1.0
         model.lm_head.weight[:, 0] = 0
-        model.lm_head.weight[[256, 258]] = direction * bias
+        model.lm_head.weight[list(stops)] = direction * bias
     return model
 
 
@@ -144,13 +144,13 @@ def test_texts_and_their_ids_are_the_same_prompt(tokenizer):
 # --- stops
 
 
-@pytest.mark.parametrize("stops", [(256, 258), (258,), (256,)])
+@pytest.mark.parametrize("stops", [(256, 258), (258,), (256,), (65, 66)])
 def test_every_stop_id_stops_and_is_the_last_id(stops, tmp_path):
-    """CHECKLIST 8, CHECKLIST 9. Pad is 256, a stop id here; text leaves the stop id out, ids keep it."""
+    """CHECKLIST 8, CHECKLIST 9. Pad is 256, a stop id here; 65 is no special token. Text leaves it out, ids keep it."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, eos_token_ids=stops))
     stops = set(tokenizer.eos_token_ids)  # 258 always: tokenizer_config.json names it
     assert tokenizer.pad_token_id == 256
-    completions = answers(stopping_model(1.2), PROMPTS, tokenizer, n=16, max_new_tokens=10)
+    completions = answers(stopping_model(1.2, tuple(stops)), PROMPTS, tokenizer, n=16, max_new_tokens=10)
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     assert {c.response_ids[-1] for c in completions if c.finish_reason == "stop"} == stops
     for completion in completions:
