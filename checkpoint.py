@@ -5,6 +5,7 @@
         config.json model.safetensors tokenizer...  opens with transformers, vLLM, llama.cpp, and --ckpt
         optimizer.safetensors                       fp32 masters and moments, "<parameter's index>.<name>"
         trainer_state.json                          step, score, the trainer's state, the optimizer's settings
+        adapter/                                    in PEFT's format, where there are adapters; model.safetensors is merged
         SHA256SUMS                                  `sha256sum -c SHA256SUMS` says the same as load_checkpoint
 
 Where this departs from `torch.save` in the run's folder: everything is written into a folder beside, every file is
@@ -96,11 +97,12 @@ def _write_files(folder: Path, step: int, model, tokenizer, optimizer, state, sc
     record = {"step": step, "score": score, "state": state, "optimizer": settings}
     (folder / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     # The trainer's state comes last, so that a list of sums that was cut off is noticed by its absence.
-    names = sorted((p.name for p in folder.iterdir()), key=lambda name: (name == STATE, name))
+    inside = list(folder.rglob("*"))
+    names = [path.relative_to(folder).as_posix() for path in inside if path.is_file()]
+    names.sort(key=lambda name: (name == STATE, name))
     (folder / SUMS).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in names), encoding="utf-8")
-    for name in [*names, SUMS]:
-        _sync(folder / name)
-    _sync(folder)
+    for path in [*inside, folder / SUMS, folder]:
+        _sync(path)
 
 
 def _move_into_place(unfinished: Path, final: Path) -> None:
@@ -207,7 +209,7 @@ def verify_checkpoint(folder: str | Path) -> None:
         raise ValueError(f"{folder / SUMS} is damaged; resume from another checkpoint")
     for name, digest in sums.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
             raise FileNotFoundError(f"{path} is missing; resume from another checkpoint")
         if _sha256(path) != digest:
             raise ValueError(f"{path} is not what was saved (its SHA-256 differs); resume from another checkpoint")

@@ -79,6 +79,16 @@ class Config:
     """Weight of the format reward."""
     answer_weight: float = 1.0
     """Weight of the answer reward."""
+    language_weight: float = 0.0
+    """Weight of the language reward: share of the thought's letters in the script --language; 0: not judged."""
+    language: str = "latin"
+    """Script that the thought is to keep to: latin, greek, cyrillic, hebrew, arabic, devanagari, thai, chinese, ..."""
+    repetition_weight: float = 0.0
+    """Weight of the repetition penalty on the thought; 0: not judged."""
+    reward_preset: Literal["none", "lineage", "correct-format-language"] = "none"
+    """A known set of weights, in place of the ones above: 1.0 + 0.1 format, or 1.0 + 0.25 format + 0.10 language."""
+    overlong_buffer: int = 0
+    """Soft overlong penalty: the last so many tokens before the cap cost up to 1 (DAPO); 0: off."""
 
     # --- rollout
     prompts_per_step: int = 32
@@ -102,7 +112,9 @@ class Config:
     epsilon_low: float = 0.2
     """Clip the ratio below 1 - epsilon_low."""
     epsilon_high: float = 0.2
-    """Clip the ratio above 1 + epsilon_high (cispo: cap of the ratio's weight)."""
+    """Clip the ratio above 1 + epsilon_high."""
+    cispo_epsilon_max: float = 5.0
+    """CISPO: largest weight of a token, instead of a clip."""
     delta: float | None = None
     """Dual clip: upper bound of the ratio where the advantage is negative; None: off."""
     sapo_temperature_pos: float = 1.0
@@ -116,21 +128,25 @@ class Config:
     mask_truncated: bool = False
     """Leave answers that were cut at max_new_tokens out of the loss."""
     drop_zero_variance: bool = False
-    """Leave groups whose rewards are all equal out of the update."""
+    """Leave groups whose rewards are all equal out of the update, divergence and entropy included."""
+    refill_rounds: int = 0
+    """drop_zero_variance: rollouts on further problems in place of dropped groups, at most so many a step."""
     importance_correction: Literal["none", "truncate_token", "mask_token", "truncate_sequence", "mask_sequence"] = (
         "none"
     )
     """Correct for the sampler's and the trainer's log-probabilities differing."""
     importance_cap: float = 2.0
     """Largest importance weight that correction lets through."""
+    top_entropy_share: float = 1.0
+    """Share of a step's tokens, those of highest entropy, that the policy loss learns from; 1: all."""
 
     # --- divergence and entropy
     beta: float = 0.0
-    """Weight of the divergence term; 0: no reference model is loaded."""
+    """Weight of the divergence; 0: none, and no reference model is loaded."""
     kl: Literal["k1", "k2", "k3", "kl", "approx_kl", "ot"] = "k3"
     """Estimator of the divergence; kl, approx_kl and ot always compare with the rollout policy."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the divergence goes."""
+    """Where the divergence goes: a term of the loss, or subtracted from the reward before the advantages."""
     kl_against: Literal["reference", "rollout"] = "reference"
     """Which policy k1, k2 and k3 compare with."""
     kl_target: float = 0.0
@@ -145,6 +161,10 @@ class Config:
     """ot: Sinkhorn iterations."""
     entropy_coef: float = 0.0
     """Weight of the entropy term; positive values keep the policy random."""
+    entropy_target: float | None = None
+    """Adaptive weight: it rises while entropy (nats) is at or below this, else it falls and rests; None: constant."""
+    entropy_coef_step: float = 0.005
+    """entropy_target: by how much the weight rises or falls a step."""
 
     # --- update
     updates_per_rollout: int = 1
@@ -312,9 +332,32 @@ def validate(config: Config) -> None:
 _COUNTS = ["prompts_per_step", "group_size", "max_new_tokens", "updates_per_rollout", "micro_batch_tokens", "steps"]
 _COUNTS += ["keep_checkpoints", "numbers", "num_terms", "num_digits", "ot_iterations"]
 _NOT_NEGATIVE = ["seed", "eval_every", "eval_problems", "eval_samples", "save_every", "warmup_steps", "lora_rank"]
-_NOT_NEGATIVE += ["top_k", "beta", "kl_target", "ot_target", "ot_window", "weight_decay", "min_number"]
-_SHARES = ["top_p", "min_p", "epsilon_low", "min_lr_ratio", "log_samples", "betas", "lora_dropout"]
-_POSITIVE = ["temperature", "top_p", "epsilon_high", "lr", "eps", "max_grad_norm", "importance_cap", "lora_alpha"]
+_NOT_NEGATIVE += [
+    "refill_rounds",
+    "overlong_buffer",
+    "entropy_coef_step",
+    "entropy_target",
+    "top_k",
+    "beta",
+    "kl_target",
+    "ot_target",
+    "ot_window",
+    "weight_decay",
+    "min_number",
+]
+_SHARES = ["top_entropy_share", "top_p", "min_p", "epsilon_low", "min_lr_ratio", "log_samples", "betas", "lora_dropout"]
+_POSITIVE = [
+    "temperature",
+    "top_p",
+    "top_entropy_share",
+    "cispo_epsilon_max",
+    "epsilon_high",
+    "lr",
+    "eps",
+    "max_grad_norm",
+    "importance_cap",
+    "lora_alpha",
+]
 _POSITIVE += ["ot_regularization", "sapo_temperature_pos", "sapo_temperature_neg"]
 
 
@@ -358,5 +401,17 @@ def _conflicts(c: Config) -> list[tuple[bool, str]]:
         (
             c.kl_in == "reward" and c.kl in ("kl", "approx_kl", "ot"),
             f"--kl {c.kl} acts through its gradient: --kl-in reward takes k1, k2 or k3",
+        ),
+        (
+            c.kl_in == "reward" and c.kl_against == "rollout",
+            "--kl-in reward --kl-against rollout: the rollout policy's divergence from itself is 0; take the reference",
+        ),
+        (
+            c.overlong_buffer > c.max_new_tokens,
+            f"--overlong-buffer {c.overlong_buffer} is longer than an answer, --max-new-tokens {c.max_new_tokens}",
+        ),
+        (
+            c.refill_rounds > 0 and not c.drop_zero_variance,
+            f"--refill-rounds {c.refill_rounds} replaces dropped groups: it needs --drop-zero-variance",
         ),
     ]

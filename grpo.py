@@ -28,27 +28,32 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import losses
-from attention import Layout, PackedAttention
+from attention import PackedAttention
 from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
 from generation import SamplingParams, generate
 from linear import gradients_in_place
+from lora import adapters_off, add_lora, has_lora, trainable
 from math_task import QuestionTask, Task, task_from_config
+from objective import Objective
 from optimizer import MemoryEfficientAdamW, learning_rate
+from packing import MicroBatch, Scores, Step
 from pretrained import load_pretrained, locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from rewards import soft_overlong_penalty
+from step_metrics import Metrics, StepTotals, has_signal, reward_metrics
 from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, float]
+SPARE_PROBLEMS = 2**31  # number of the first training problem that replaces a dropped one: far from the run's own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,6 +153,38 @@ def _deviation(rewards: Sequence[float]) -> float:
     return math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
 
 
+def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
+    """Episodes of groups whose rewards differ, and the others, which say nothing (DAPO's dynamic sampling, 3.2)."""
+    groups = defaultdict(list)
+    for episode in episodes:
+        groups[episode.group_id].append(episode.reward)
+    kept = [e for e in episodes if has_signal(groups[e.group_id])]
+    return kept, [e for e in episodes if not has_signal(groups[e.group_id])]
+
+
+def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: int) -> list[Episode]:
+    """Take up to 1 from the reward of answers that come within `buffer` tokens of the cap: DAPO's soft overlong
+    punishment, eq. 13. The penalty is the reward part `overlong`."""
+    penalties = [soft_overlong_penalty(len(e.response_ids), max_new_tokens, buffer) for e in episodes]
+    return [_add_part(e, "overlong", penalty, 1.0) for e, penalty in zip(episodes, penalties)]
+
+
+def penalise_divergence(
+    reference: Qwen2ForCausalLM, episodes: Sequence[Episode], beta: float, kl: str = "k1", **packing: int | bool
+) -> list[Episode]:
+    """Take beta * KL(sampler || reference) from each reward, estimated on the answer's own tokens and summed over them
+    (Ouyang et al. 2022, arXiv 2203.02155, eq. 2). The estimate is the reward part `kl`."""
+    with adapters_off(reference):
+        scores = score_episodes(reference, episodes, **packing)
+    estimates = [losses.kl_penalty(torch.tensor(e.logprobs), s.logp, kl).sum() for e, s in zip(episodes, scores)]
+    return [_add_part(e, "kl", float(estimate), -beta) for e, estimate in zip(episodes, estimates)]
+
+
+def _add_part(episode: Episode, name: str, value: float, weight: float) -> Episode:
+    parts = {**episode.reward_parts, name: value}
+    return replace(episode, reward=episode.reward + weight * value, reward_parts=parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Update
 
@@ -157,28 +194,22 @@ def update_policy(
     optimizer: torch.optim.Optimizer,
     episodes: Sequence[Episode],
     *,
-    loss_type: str = "dapo",
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
     reference: Qwen2ForCausalLM | None = None,
-    entropy_coef: float = 0.0,
-    mask_truncated: bool = False,
+    before: Sequence[Scores] | None = None,
     max_new_tokens: int | None = None,
     max_grad_norm: float = 1.0,
     micro_batch_tokens: int = 16384,
     shared_prefix: bool = True,
     in_place_gradients: bool = True,
-    **loss_options: float,
+    **objective: float | str | bool | None,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
 
     Args:
-        beta, kl, reference: weight and estimator of the divergence from the frozen `reference`, on the model's device.
-        entropy_coef: alpha; positive values reward entropy.
-        mask_truncated: leave answers that were cut at the cap out of the loss and its denominators.
+        objective: the fields of `objective.Objective`: loss_type="gspo", beta=0.04, kl="k3", entropy_coef=0.001, ...
+        reference: the frozen policy that k1, k2 and k3 compare with, on the model's device; a model with adapters may
+            be its own, and is asked with them off.
+        before: `score_episodes` with the weights before the rollout's first update, for the updates after it.
         max_new_tokens: dr_grpo's constant denominator; None takes the longest answer.
         micro_batch_tokens: most tokens in one forward and backward pass. Memory, not mathematics.
         shared_prefix: False repeats the prompt for every answer (the slow twin).
@@ -188,39 +219,22 @@ def update_policy(
     A non-finite loss or gradient refuses the step: weights stay as they were, `update/skipped` is 1 and a warning says
     why; so does a step in which nothing is left to learn from.
     """
-    if beta and reference is None:
-        raise ValueError(f"beta is {beta}, but there is no reference policy to stay close to")
-    step = _Step(
-        model, list(episodes), loss_type, mask_truncated, max_new_tokens,
-        everything=bool(beta or entropy_coef), shared_prefix=shared_prefix,
+    o = Objective(**objective)
+    if o.in_loss and o.compares_with_reference and reference is None:
+        raise ValueError(f"beta is {o.beta}, but there is no reference policy to stay close to")
+    step = Step(
+        episodes, model.device, o.loss_type, mask_truncated=o.mask_truncated, max_new_tokens=max_new_tokens,
+        everything=o.everything, shared_prefix=shared_prefix, before=before,
     )  # fmt: skip
-    options = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta, **loss_options}
-    totals: dict[str, float] = defaultdict(float)
+    micro_batches = list(step.micro_batches(micro_batch_tokens))
+    masks = _top_entropy_masks(model, micro_batches, o.top_entropy_share)
+    totals = StepTotals()
     optimizer.zero_grad(set_to_none=True)
-
-    def backward(micro: MicroBatch) -> None:
-        logp, entropy = score(model, micro)
-        terms = losses.policy_loss(
-            logp, micro.old_logp, micro.advantages, micro.lengths, loss_type=loss_type, **options
-        )
-        policy = losses.weighted_sum(terms.loss, micro.weights)
-        loss = policy
-        if beta:
-            with torch.no_grad():
-                ref_logp, _ = score(reference, micro)
-            divergence = losses.kl_penalty(logp, ref_logp, kl)
-            loss = loss + beta * losses.weighted_sum(divergence, micro.weights)
-            totals["kl"] += divergence.detach().sum().item()
-        if entropy_coef:
-            loss = loss - entropy_coef * losses.weighted_sum(entropy, micro.weights)
-        loss.backward()
-        _add_up(totals, micro, loss, policy, logp, entropy, terms)
-
     with gradients_in_place(in_place_gradients):
-        for micro in step.micro_batches(micro_batch_tokens):
-            backward(micro)
+        for micro, mask in zip(micro_batches, masks):
+            micro_loss(o, model, reference, micro, mask, totals).backward()
 
-    metrics = _means(totals, beta)
+    metrics = totals.metrics()
     metrics["grad_norm"] = grad_norm = _clip_gradients(optimizer, max_grad_norm)
     metrics["update/skipped"] = 0.0
     if not step.trained or not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
@@ -233,152 +247,75 @@ def update_policy(
     return metrics
 
 
+def micro_loss(
+    o: Objective, model: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None, micro: MicroBatch, mask: Tensor | None,
+    totals: StepTotals,
+) -> Tensor:  # fmt: skip
+    """A micro-batch's part of the step's loss, a scalar. `mask` [M]: tokens that the policy loss learns from."""
+    hidden = _hidden(model, micro)
+    logp, entropy = _score_hidden(model, micro, hidden)
+    terms, importance = o.policy(micro, logp)
+    loss = policy = losses.weighted_sum(terms.loss, micro.weights if mask is None else micro.weights * mask)
+    if o.in_loss:
+        ref_logp = None
+        if o.compares_with_reference:
+            with torch.no_grad(), adapters_off(reference):
+                ref_logp, _ = score(reference, micro)
+        divergence = o.divergence(micro, logp, hidden, ref_logp)
+        loss = loss + o.beta * divergence.loss
+        totals.add_terms(kl=divergence.terms)
+    if o.entropy_coef:
+        loss = loss - o.entropy_coef * losses.weighted_sum(entropy, micro.weights)
+    if importance is not None:
+        totals.add_terms(importance=importance)
+    totals.add(loss=loss, policy_loss=policy)
+    totals.add_terms(
+        ratio=terms.ratio, entropy=entropy, clipped_low=terms.clipped_low, clipped_high=terms.clipped_high,
+        difference=(logp.detach() - micro.old_logp).abs(),
+    )  # fmt: skip
+    return loss
+
+
 def score(model: Qwen2ForCausalLM, micro: MicroBatch) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token and entropy where it was drawn: [M] and [M], fp32."""
-    hidden_ND = model.hidden_states(micro.ids, micro.positions, PackedAttention(micro.layout))
-    hidden_MD = hidden_ND[micro.predicting_rows]
+    return _score_hidden(model, micro, _hidden(model, micro))
+
+
+def _hidden(model: Qwen2ForCausalLM, micro: MicroBatch) -> Tensor:
+    return model.hidden_states(micro.ids, micro.positions, PackedAttention(micro.layout))[micro.predicting_rows]
+
+
+def _score_hidden(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
     return losses.token_logprobs(hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size)
 
 
-@dataclass
-class MicroBatch:
-    """Whole groups as flat rows: each prompt once, then its answers. The last token of an answer predicts nothing and
-    is left out of the rows.
-    """
-
-    ids: Tensor  # [N]
-    positions: Tensor  # [N]
-    layout: Layout
-    predicting_rows: Tensor  # [M] row whose hidden state predicts the token: the one before it
-    targets: Tensor  # [M]
-    old_logp: Tensor  # [M]
-    weights: Tensor  # [M] the token's share in the step's loss
-    advantages: Tensor  # [E]
-    lengths: Tensor  # [E]
-    temperature: float
-    vocab_size: int | None
-
-
-class _Step:
-    """The episodes of one optimizer step: their token weights, and their cut into micro-batches."""
-
-    def __init__(
-        self, model, episodes: list[Episode], loss_type: str, mask_truncated: bool, max_new_tokens: int | None,
-        everything: bool, shared_prefix: bool,
-    ):  # fmt: skip
-        if len({(e.temperature, e.vocab_size) for e in episodes}) > 1:
-            raise ValueError("the episodes of one update were sampled at different temperatures or vocabularies")
-        self.device, self.shared_prefix = model.device, shared_prefix
-        kept = [bool(e.response_ids) and not (mask_truncated and e.truncated) for e in episodes]
-        lengths = torch.tensor([len(e.response_ids) for e in episodes], dtype=torch.long)
-        longest = max_new_tokens or max([1, *lengths.tolist()])
-        keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
-        weights = losses.token_weights(loss_type, lengths, longest, keep_M).split(lengths.tolist())
-        # A reward that was NaN has advantage 0; with beta or an entropy term its tokens still count.
-        self.trained = [(e, w) for e, w, k in zip(episodes, weights, kept) if k and (everything or e.advantage != 0)]
-
-    def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
-        """Groups packed in order until the next would not fit; a group that is too large alone is cut, and its prompt
-        computed once a piece."""
-        pieces: list[list[tuple[Episode, Tensor]]] = []
-        size = 0
-        for piece in self._pieces(max_tokens):
-            tokens = self._tokens(piece)
-            if pieces and size + tokens <= max_tokens:
-                pieces[-1].append(piece)
-                size += tokens
-            else:
-                pieces.append([piece])
-                size = tokens
-        for groups in pieces:
-            yield self._micro_batch(groups)
-
-    def _pieces(self, max_tokens: int) -> list[list[tuple[Episode, Tensor]]]:
-        """Episodes that share a prompt's computation: of one group, and with the same prompt ids."""
-        groups = defaultdict(list)
-        for number, (episode, weight) in enumerate(self.trained):
-            key = (episode.group_id, tuple(episode.prompt_ids)) if self.shared_prefix else number
-            groups[key].append((episode, weight))
-        pieces = []
-        for group in groups.values():
-            pieces.append([])
-            for member in group:
-                if pieces[-1] and self._tokens([*pieces[-1], member]) > max_tokens:
-                    pieces.append([])
-                pieces[-1].append(member)
-        return pieces
-
-    @staticmethod
-    def _tokens(piece: list[tuple[Episode, Tensor]]) -> int:
-        return len(piece[0][0].prompt_ids) + sum(len(e.response_ids) - 1 for e, _ in piece)
-
-    def _micro_batch(self, groups: list[list[tuple[Episode, Tensor]]]) -> MicroBatch:
-        members = [member for group in groups for member in group]
-        episodes = [e for e, _ in members]
-        ids, rows = [], []
-        for group in groups:
-            prompt = group[0][0].prompt_ids
-            last_prompt_row = len(ids) + len(prompt) - 1
-            ids += prompt
-            for e, _ in group:
-                rows += [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
-                ids += e.response_ids[:-1]
-        layout = Layout.shared_prefix(
-            [len(group[0][0].prompt_ids) for group in groups],
-            [[len(e.response_ids) - 1 for e, _ in group] for group in groups],
-        )
-
-        def on_device(numbers: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(numbers, dtype=dtype, device=self.device)
-
-        return MicroBatch(
-            ids=on_device(ids, torch.long),
-            positions=layout.positions(self.device),
-            layout=layout,
-            predicting_rows=on_device(rows, torch.long),
-            targets=on_device([i for e in episodes for i in e.response_ids], torch.long),
-            old_logp=on_device([x for e in episodes for x in e.logprobs], torch.float32),
-            weights=torch.cat([w for _, w in members]).to(self.device),
-            advantages=on_device([e.advantage for e in episodes], torch.float32),
-            lengths=on_device([len(e.response_ids) for e in episodes], torch.long),
-            temperature=episodes[0].temperature,
-            vocab_size=episodes[0].vocab_size,
-        )
+@torch.no_grad()
+def score_episodes(
+    model: Qwen2ForCausalLM, episodes: Sequence[Episode], *, keep_hidden: bool = False,
+    micro_batch_tokens: int = 16384, shared_prefix: bool = True,
+) -> list[Scores]:  # fmt: skip
+    """What the model says of each episode's tokens, without a gradient and without dropout."""
+    was_training = model.training
+    model.eval()
+    scores = [Scores(torch.zeros(0), torch.zeros(0, model.config.hidden_size) if keep_hidden else None)] * len(episodes)
+    for micro in Step(episodes, model.device, shared_prefix=shared_prefix).micro_batches(micro_batch_tokens):
+        hidden = _hidden(model, micro)
+        logp, _ = _score_hidden(model, micro, hidden)
+        sizes = micro.lengths.tolist()
+        hiddens = hidden.cpu().split(sizes) if keep_hidden else [None] * len(sizes)
+        for number, one_logp, one_hidden in zip(micro.numbers, logp.cpu().split(sizes), hiddens):
+            scores[number] = Scores(one_logp, one_hidden)
+    model.train(was_training)
+    return scores
 
 
-def _add_up(totals, micro: MicroBatch, loss: Tensor, policy: Tensor, logp: Tensor, entropy: Tensor, terms) -> None:
-    """Sums over the step's tokens, for the means that are reported; the losses are sums of weighted terms already."""
-    with torch.no_grad():
-        difference = (logp - micro.old_logp).abs()
-        sums = {
-            "tokens": float(len(logp)),
-            "loss": loss,
-            "policy_loss": policy,
-            "entropy": entropy.sum(),
-            "clip_low": terms.clipped_low.sum(),
-            "clip_high": terms.clipped_high.sum(),
-            "ratio": terms.ratio.sum(),
-            "difference": difference.sum(),
-        }
-        for name, value in sums.items():
-            totals[name] += float(value)
-        totals["max_difference"] = max(totals["max_difference"], float(difference.max()))
-
-
-def _means(totals: dict[str, float], beta: float) -> Metrics:
-    tokens = max(totals["tokens"], 1.0)
-    metrics = {
-        "loss": totals["loss"],
-        "policy_loss": totals["policy_loss"],
-        "entropy": totals["entropy"] / tokens,
-        "clip_ratio/low_mean": totals["clip_low"] / tokens,
-        "clip_ratio/high_mean": totals["clip_high"] / tokens,
-        "ratio/mean": totals["ratio"] / tokens,
-        "sampling/sampling_logp_difference/mean": totals["difference"] / tokens,
-        "sampling/sampling_logp_difference/max": totals["max_difference"],
-        "update/tokens": totals["tokens"],
-    }
-    return metrics | ({"kl": totals["kl"] / tokens} if beta else {})
+@torch.no_grad()
+def _top_entropy_masks(model, micro_batches: list[MicroBatch], share: float) -> list[Tensor | None]:
+    """For each micro-batch, which tokens are among the step's `share` of highest entropy; all: None."""
+    if share == 1 or not micro_batches:
+        return [None] * len(micro_batches)
+    entropies = [score(model, micro)[1] for micro in micro_batches]
+    return list(losses.top_entropy_mask(torch.cat(entropies), share).split([len(e) for e in entropies]))
 
 
 def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
@@ -389,31 +326,6 @@ def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()
-
-
-def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
-    """What the rollout earned: means and deviations over episodes, how many groups say nothing, and the task's own
-    diagnostics (the share of false sums, say), which are never paid for."""
-    rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
-    groups = defaultdict(list)
-    for e in episodes:
-        groups[e.group_id].append(e.reward)
-    dead = [min(group) == max(group) for group in groups.values()]
-    lengths = [len(e.response_ids) for e in episodes]
-    metrics = {
-        "reward": rewards.nanmean().item(),
-        "reward_std": sum(_deviation(group) for group in groups.values()) / len(groups),
-        "frac_reward_zero_std": sum(dead) / len(dead),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/clipped_ratio": sum(e.truncated for e in episodes) / len(episodes),
-    }
-    for part in episodes[0].reward_parts:
-        values = torch.tensor([e.reward_parts.get(part, math.nan) for e in episodes], dtype=torch.float64)
-        values = values[~values.isnan()]
-        metrics[f"rewards/{part}/mean"] = values.mean().item()
-        metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
-    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes]
-    return metrics | {name: sum(d[name] for d in diagnostics) / len(diagnostics) for name in diagnostics[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,66 +356,132 @@ class GRPO:
         self.model, self.tokenizer = model, tokenizer
         self.task = task or task_from_config(config)
         self.model.model.gradient_checkpointing = config.gradient_checkpointing
+        if config.lora_rank and not has_lora(model):
+            add_lora(
+                model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.seed
+            )  # fmt: skip
         self.optimizer = optimizer or MemoryEfficientAdamW(
-            model.parameters(), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
+            trainable(model), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
             enabled=config.cpu_optimizer,
         )  # fmt: skip
-        if (
-            reference is None and config.beta
-        ):  # the checkpoint itself, also where the policy was resumed from a later one
-            reference, _ = load_policy(config, locate_pretrained(config.ckpt))
+        self.objective = Objective.from_config(config)
+        if reference is None and self.objective.compares_with_reference:
+            # The checkpoint itself, also where the policy was resumed from a later one; with adapters it is in there.
+            reference = model if has_lora(model) else load_policy(config, locate_pretrained(config.ckpt))[0]
         self.reference = reference
         self.step_count = 0
+        self.entropy_coef = config.entropy_coef  # where the adaptive one stands
+        self.applied_entropy_coef = config.entropy_coef  # it rests while entropy is above the target
 
     @property
     def sampling(self) -> SamplingParams:
         c = self.config
         return SamplingParams(c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p)
 
-    def step(self, batch: MiniBatch) -> tuple[list[Episode], Metrics]:
-        """One GRPO step: roll out, score, update `updates_per_rollout` times. Returns the episodes and the metrics."""
+    def step(self, batch: MiniBatch, refill: bool = True) -> tuple[list[Episode], Metrics]:
+        """One GRPO step: roll out, score, update `updates_per_rollout` times. Returns the episodes and the metrics.
+
+        refill: False draws no further problems for groups that were dropped.
+        """
         c = self.config
         self.step_count += 1
         started = time.perf_counter()
-        episodes = rollout(
-            self.model, self.tokenizer, self.task, batch, self.sampling,
-            seed=c.seed * 1_000_003 + self.step_count, first_group_id=self.step_count * len(batch),
-        )  # fmt: skip
+        episodes, dropped = self.sample(batch, c.refill_rounds if refill else 0)
         sampled = time.perf_counter()
         episodes = compute_advantages(episodes, estimator=c.advantage_estimator, scale=c.advantage_scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_count, c.lr, c.lr_schedule, c.warmup_steps, c.steps, c.min_lr_ratio)
-        for _ in range(c.updates_per_rollout):
-            metrics = self.update(episodes)
+        metrics = self._updates(episodes)
         updated = time.perf_counter()
+        episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
         response_tokens = sum(len(e.response_ids) for e in episodes)
         return episodes, {
             **reward_metrics(episodes, self.task),
             **metrics,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "num_tokens": response_tokens + sum(map(len, batch.prompt_ids)),
+            "num_tokens": response_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
             "rollout/tokens_per_second": response_tokens / (sampled - started),
             "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
             "step_time": updated - started,
         }
 
-    def update(self, episodes: Sequence[Episode]) -> Metrics:
+    def sample(self, batch: MiniBatch, refill_rounds: int = 0) -> tuple[list[Episode], list[Episode]]:
+        """Roll out; with drop_zero_variance sample further problems in place of groups that say nothing, in at most
+        `refill_rounds` rounds. Returns the episodes to train on, and those that were dropped."""
+        P, c = len(batch), self.config
+        kept, dropped = self._rollout(batch, P), []
+        if not c.drop_zero_variance:
+            return kept, dropped
+        kept, dropped = drop_zero_variance(kept)
+        for number in range(1, refill_rounds + 1):
+            missing = P - len({e.group_id for e in kept})
+            if not missing:
+                break
+            round_of_the_run = (self.step_count - 1) * c.refill_rounds + number - 1
+            problems = self.task.problems("train", missing, start=SPARE_PROBLEMS + round_of_the_run * P)
+            more = self._rollout(MiniBatch.from_problems(problems, self.tokenizer), P, number)
+            kept, dropped = (old + new for old, new in zip((kept, dropped), drop_zero_variance(more)))
+        return kept, dropped
+
+    def _rollout(self, batch: MiniBatch, P: int, number: int = 0) -> list[Episode]:
+        """Sample and score, and shape the rewards by what only the trainer knows: lengths and log-probabilities."""
+        c = self.config
+        episodes = rollout(
+            self.model, self.tokenizer, self.task, batch, self.sampling,
+            seed=c.seed * 1_000_003 + self.step_count + (number << 48),
+            first_group_id=(self.step_count * (1 + c.refill_rounds) + number) * P,
+        )  # fmt: skip
+        if c.overlong_buffer:
+            episodes = penalise_length(episodes, c.max_new_tokens, c.overlong_buffer)
+        if c.beta and c.kl_in == "reward":
+            episodes = penalise_divergence(self.reference, episodes, c.beta, c.kl, **self._packing)
+        return episodes
+
+    def _updates(self, episodes: list[Episode]) -> Metrics:
+        """All updates of a rollout; the metrics are the last one's, of sampler against trainer the first one's."""
+        c, before = self.config, None
+        if c.updates_per_rollout > 1 and self.objective.asks_before:
+            before = score_episodes(self.model, episodes, keep_hidden=c.kl == "ot", **self._packing)
+        if c.lora_rank and c.lora_dropout:
+            torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # dropout: the same in a run that was resumed
+        first = metrics = self.update(episodes, before)
+        for _ in range(c.updates_per_rollout - 1):
+            metrics = self.update(episodes, before)
+        # How far sampler and trainer are apart is a question about equal weights.
+        metrics |= {name: value for name, value in first.items() if name.startswith("sampling/")}
+        if c.entropy_target is not None and not metrics["update/skipped"]:
+            metrics["entropy_coef"] = self.applied_entropy_coef
+            self.entropy_coef, self.applied_entropy_coef = losses.adapt_entropy_coef(
+                self.entropy_coef, metrics["entropy"], c.entropy_target, c.entropy_coef_step
+            )
+        return metrics
+
+    def update(self, episodes: Sequence[Episode], before: Sequence[Scores] | None = None) -> Metrics:
         """`update_policy` with this training's settings."""
         c = self.config
+        objective = asdict(self.objective) | {"entropy_coef": self.applied_entropy_coef}
         return update_policy(
-            self.model, self.optimizer, episodes, loss_type=c.loss_type, epsilon_low=c.epsilon_low,
-            epsilon_high=c.epsilon_high, delta=c.delta, beta=c.beta, kl=c.kl, reference=self.reference,
-            entropy_coef=c.entropy_coef, mask_truncated=c.mask_truncated, max_new_tokens=c.max_new_tokens,
-            max_grad_norm=c.max_grad_norm, micro_batch_tokens=c.micro_batch_tokens, shared_prefix=c.shared_prefix,
-            sapo_temperature_pos=c.sapo_temperature_pos, sapo_temperature_neg=c.sapo_temperature_neg,
+            self.model, self.optimizer, episodes, reference=self.reference, before=before,
+            max_new_tokens=c.max_new_tokens, max_grad_norm=c.max_grad_norm, **self._packing, **objective,
         )  # fmt: skip
+
+    @property
+    def _packing(self) -> dict[str, int | bool]:
+        return {"micro_batch_tokens": self.config.micro_batch_tokens, "shared_prefix": self.config.shared_prefix}
+
+    def state_dict(self) -> dict[str, float]:
+        """What steps hand on to steps besides weights and optimizer state, for the checkpoint."""
+        return {"entropy_coef": self.entropy_coef, "applied_entropy_coef": self.applied_entropy_coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
 
     def train_step(self, question: str, answer: str) -> float:
         """One step on a single question, whose answer is a number or a text. Returns the loss."""
         questions = self.task if isinstance(self.task, QuestionTask) else self._questions()
         problem = questions.problem_from(question, answer)
         task, self.task = self.task, questions
-        _, metrics = self.step(MiniBatch.from_problems([problem], self.tokenizer))
+        _, metrics = self.step(MiniBatch.from_problems([problem], self.tokenizer), refill=False)
         self.task = task
         return metrics["loss"]
 

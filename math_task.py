@@ -271,8 +271,14 @@ def task_options(name: str) -> list[str]:
 
 
 def task_from_config(config: Any) -> Task:
-    """The task `config.task`, with those of its options that the config has under the same name and are not None."""
-    options = {name: getattr(config, name, None) for name in task_options(config.task)}
+    """The task `config.task`, with those of its options that the config has under the same name and are not None.
+
+    The weights of `config.reward_preset` take the place of the single ones.
+    """
+    known = task_options(config.task)
+    options = {name: getattr(config, name, None) for name in known}
+    preset = REWARD_PRESETS.get(getattr(config, "reward_preset", "none"), {})
+    options |= {name: weight for name, weight in preset.items() if name in known}
     return make_task(config.task, **{name: value for name, value in options.items() if value is not None})
 
 

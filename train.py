@@ -24,6 +24,7 @@ from config import Config, config_files, new_run_dir, parse_args
 from data_types import MiniBatch, Problem
 from generation import SamplingParams
 from grpo import GRPO, Metrics, load_policy, reward_metrics, rollout
+from lora import has_lora, load_adapters, save_adapters, trainable
 from math_task import task_from_config
 from pretrained import locate_pretrained
 from progress import duration
@@ -40,7 +41,11 @@ def train(config: Config) -> int:
     )
 
     task = task_from_config(config)
-    model, tokenizer = load_policy(config, resumed or locate_pretrained(config.ckpt))
+    model, tokenizer = load_policy(
+        config, locate_pretrained(config.ckpt) if config.lora_rank or not resumed else resumed
+    )
+    if resumed and config.lora_rank:  # the checkpoint's model.safetensors is merged; training goes on from its parts
+        load_adapters(model, resumed / "adapter", config.lora_dropout)
     trainer = GRPO(config, model=model, tokenizer=tokenizer, task=task)
     held_out = task.test_problems(config.eval_problems)
     check_room(trainer, held_out)
@@ -52,6 +57,7 @@ def train(config: Config) -> int:
     if resumed:
         state = load_checkpoint(resumed, trainer.optimizer)
         set_random_states(state["random"])
+        trainer.load_state_dict(state["trainer"])
         first = trainer.step_count = state["step"]
         rewind(run_dir, first)
 
@@ -117,10 +123,17 @@ def is_due(step: int, every: int) -> bool:
 
 def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> None:
     """A checkpoint; where the disk refuses, the run goes on and says so."""
+    state = {"random": random_states(), "trainer": trainer.state_dict()}
+    base = trainer.config.ckpt
+
+    def adapters(folder: Path) -> None:
+        save_adapters(trainer.model, folder / "adapter", str(Path(base).resolve()) if Path(base).is_dir() else base)
+
     try:
         save_checkpoint(
-            run_dir, step, trainer.model, trainer.tokenizer, trainer.optimizer, {"random": random_states()},
+            run_dir, step, trainer.model, trainer.tokenizer, trainer.optimizer, state,
             keep=trainer.config.keep_checkpoints, score=metrics.get("eval_reward"),
+            extra=adapters if has_lora(trainer.model) else None,
         )  # fmt: skip
     except OSError as error:
         logger.error("no checkpoint at step %d: %s; the previous one is untouched, and training goes on", step, error)
@@ -178,7 +191,10 @@ def estimate_gib(trainer: GRPO) -> float:
     element = model.dtype.itemsize
     parameters = sum(p.numel() for p in model.parameters())
     own_masters = element == 4 and model.device.type == "cpu"
-    fixed = parameters * (2 * element + 8 + (0 if own_masters else 4)) + (parameters * element if c.beta else 0)
+    trained = sum(p.numel() for p in trainable(model))
+    fixed = parameters * element + trained * (element + 8 + (0 if own_masters else 4))
+    if trainer.reference not in (None, model):
+        fixed += parameters * element
     tokens = min(c.micro_batch_tokens, c.prompts_per_step * (128 + c.group_size * c.max_new_tokens))
     layer = 12 * sizes.hidden_size * element + 5 * sizes.intermediate_size * element + 8 * sizes.hidden_size
     activations = tokens * (layer * (1 if c.gradient_checkpointing else sizes.num_hidden_layers) + 2 * 8192 * element)
