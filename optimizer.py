@@ -128,7 +128,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                     rounded[part].copy_(weight[part])
             if p.device.type == "cuda":
                 self._transfer(p.device).send(p)
-            elif rounded is not None and rounded.device != p.device:
+            elif rounded is not None and rounded.data_ptr() != p.data_ptr():
                 p.copy_(rounded.view_as(p))
         for transfer in self._transfers.values():
             transfer.finish()
