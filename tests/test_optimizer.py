@@ -1,0 +1,337 @@
+"""MemoryEfficientAdamW against torch.optim.AdamW, and the order in which copies are waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import optimizer as optimizer_module
+from optimizer import MemoryEfficientAdamW, _Transfer, adamw_, learning_rate
+
+SHAPES = [(7, 5), (1,), (33,), (3, 2, 4), (0,)]  # odd sizes, and nothing at all
+SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6}
+
+
+def make_parameters(dtype=torch.float32, seed=0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def set_gradients(parameters: list[nn.Parameter], step: int, missing: bool = False) -> None:
+    """The same gradients for the same step; with `missing`, each parameter goes without one now and then."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for i, p in enumerate(parameters):
+        grad = torch.randn(p.shape, generator=generator) * 10 ** ((step + i) % 5 - 2)
+        p.grad = None if missing and (step + i) % 3 == 0 else grad.to(p.dtype)
+
+
+def two_groups(parameters, weight_decay):
+    return [
+        {"params": parameters[:2], "weight_decay": weight_decay},
+        {"params": parameters[2:], "lr": 1e-2, "weight_decay": 0.0},
+    ]
+
+
+def assert_equal_states(mine, theirs, parameters, references, names):
+    for p, q in zip(parameters, references):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-7)
+        for name in names:
+            if q in theirs.state:
+                torch.testing.assert_close(mine.state[p][name], theirs.state[q][name], rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weight_decay", "amsgrad", "mode"),
+    list(itertools.product((0.0, 0.3), (False, True), ("fused", "written out", "disabled"))),
+)
+def test_equals_torchs_adamw(monkeypatch, weight_decay, amsgrad, mode):
+    """CHECKLIST 30: 100 steps, two groups, gradients that are missing now and then: parameters and all moments.
+
+    A slice is 8 elements here, so that most parameters are cut and the last slice is not full.
+    """
+    monkeypatch.setattr(optimizer_module, "SLICE", 8)
+    parameters, references = make_parameters(), make_parameters()
+    mine = MemoryEfficientAdamW(
+        two_groups(parameters, weight_decay), amsgrad=amsgrad, enabled=mode != "disabled", fused=mode == "fused",
+        **SETTINGS,
+    )  # fmt: skip
+    theirs = torch.optim.AdamW(two_groups(references, weight_decay), amsgrad=amsgrad, foreach=False, **SETTINGS)
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
+    for step in range(100):
+        for all_parameters in (parameters, references):
+            set_gradients(all_parameters, step, missing=True)
+        mine.step()
+        theirs.step()
+    assert_equal_states(mine, theirs, parameters, references, names)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bf16_models_masters_are_torchs_adamw_in_fp32(fused):
+    """CHECKLIST 30, for weights that are not fp32: the masters walk as fp32 weights would, and the weights are the
+    masters, rounded."""
+    parameters = make_parameters(torch.bfloat16)
+    references = [nn.Parameter(p.detach().float()) for p in parameters]
+    mine = MemoryEfficientAdamW(parameters, weight_decay=0.1, fused=fused, **SETTINGS)
+    theirs = torch.optim.AdamW(references, weight_decay=0.1, foreach=False, **SETTINGS)
+    for step in range(100):
+        set_gradients(parameters, step)
+        for p, q in zip(parameters, references):
+            q.grad = p.grad.float()
+        mine.step()
+        theirs.step()
+    for p, q in zip(parameters, references):
+        master = mine.state[p]["master"]
+        assert master.dtype == torch.float32
+        torch.testing.assert_close(master, q.detach(), rtol=2e-6, atol=2e-7)
+        assert torch.equal(p, master.to(torch.bfloat16))
+
+
+def test_epsilon_comes_after_the_bias_correction():
+    """CHECKLIST 30: one step from nothing moves a weight by lr * g / (|g| + eps), also where g is as small as eps."""
+    weight, grad, first, second = torch.zeros(1), torch.full((1,), 1e-3), torch.zeros(1), torch.zeros(1)
+    adamw_(weight, grad, first, second, None, 1.0, lr=0.1, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.0)
+    torch.testing.assert_close(weight, torch.tensor([-0.05]))
+
+
+def test_updates_below_bf16_rounding_add_up():
+    """CHECKLIST 29: a hundred steps of 1e-6 move bf16 weights of 0.02, whose neighbours are 1e-4 away."""
+    start = torch.linspace(0.0195, 0.0205, 1001).bfloat16()
+    weight = nn.Parameter(start.clone())
+    masterless = nn.Parameter(start.clone())
+    mine, plain = MemoryEfficientAdamW([weight], lr=1e-6), torch.optim.AdamW([masterless], lr=1e-6, weight_decay=0.0)
+    initial = None
+    for _ in range(100):
+        for p, optimizer in ((weight, mine), (masterless, plain)):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        initial = mine.state[weight]["master"].clone() if initial is None else initial
+    torch.testing.assert_close(
+        mine.state[weight]["master"], start.float() - 1e-4, rtol=0, atol=2e-6
+    )  # a hundred steps of 1e-6
+    assert (weight != start).float().mean() > 0.5
+    assert torch.equal(masterless, start)  # what masters are for
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_parameter_moves_like_a_contiguous_one(dtype):
+    """Flat slices of a parameter that is not contiguous are copies: they have to be written back."""
+    base = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parameter, reference = nn.Parameter(base.clone().t()), nn.Parameter(base.clone().t().contiguous())
+    mine, theirs = MemoryEfficientAdamW([parameter], **SETTINGS), MemoryEfficientAdamW([reference], **SETTINGS)
+    for step in range(5):
+        grad = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+        parameter.grad, reference.grad = grad.clone().t().contiguous().t(), grad.clone()
+        mine.step()
+        theirs.step()
+    assert not torch.equal(reference, base.t())
+    assert torch.equal(parameter, reference)
+
+
+# --- state
+
+
+def trained(dtype, steps, parameters=None, **options):
+    parameters = parameters or make_parameters(dtype)
+    optimizer = MemoryEfficientAdamW(parameters, **SETTINGS, **options)
+    for step in range(steps):
+        set_gradients(parameters, step)
+        optimizer.step()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}, {"enabled": False}])
+def test_the_state_comes_back_exactly_and_training_goes_on_as_if_nothing_had_happened(dtype, options):
+    """CHECKLIST 42, of the optimizer: 10 steps are 4 steps, a round trip, and 6 steps, bit for bit."""
+    straight, whole = trained(dtype, 10, **options)
+    first, before = trained(dtype, 4, **options)
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    after = MemoryEfficientAdamW(second, lr=123.0, **({k: v for k, v in options.items() if k == "enabled"}))
+    after.load_state_dict(before.state_dict())
+    assert after.param_groups[0]["lr"] == SETTINGS["lr"]
+    for index, p in enumerate(first):
+        for name, value in before.state[p].items():
+            assert torch.equal(after.state[second[index]][name], value), name
+    for step in range(4, 10):
+        set_gradients(second, step)
+        after.step()
+    for p, q in zip(straight, second):
+        assert torch.equal(p, q)
+        for name, value in whole.state[p].items():
+            assert torch.equal(value, after.state[q][name]), name
+
+
+def test_loaded_moments_stay_fp32_on_the_cpu_and_are_copies():
+    """CHECKLIST 31: torch's own load_state_dict casts them to the parameter's bf16."""
+    parameters, before = trained(torch.bfloat16, 3)
+    again = [nn.Parameter(p.detach().clone()) for p in parameters]
+    after = MemoryEfficientAdamW(again)
+    after.load_state_dict(before.state_dict())
+    for p, q in zip(parameters, again):
+        for name in ("exp_avg", "exp_avg_sq", "master"):
+            value = after.state[q][name]
+            assert value.dtype == torch.float32
+            assert value.device.type == "cpu"
+            assert value.numel() == 0 or value.data_ptr() != before.state[p][name].data_ptr()
+
+
+def test_the_state_of_another_model_is_refused():
+    """CHECKLIST 46"""
+    _, optimizer = trained(torch.float32, 1)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"groups of \[5\] parameters, the model has \[1\]"):
+        MemoryEfficientAdamW(make_parameters()[:1]).load_state_dict(state)
+    others = [nn.Parameter(torch.zeros(9)), *make_parameters()[1:]]
+    with pytest.raises(ValueError, match=r"0.exp_avg has shape \(7, 5\), expected \(9,\)"):
+        MemoryEfficientAdamW(others).load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected none below 0"):
+        MemoryEfficientAdamW(make_parameters(), **wrong)
+
+
+def test_a_bf16_parameter_costs_twelve_bytes_and_an_fp32_one_eight():
+    for dtype, bytes_each in ((torch.bfloat16, 12), (torch.float32, 8)):
+        parameters, optimizer = trained(dtype, 1)
+        elements, steps = sum(p.numel() for p in parameters), 4 * len(parameters)
+        assert optimizer.state_bytes() == bytes_each * elements + steps
+
+
+# --- schedule
+
+
+def test_the_rate_rises_evenly_and_then_stays_or_falls_along_a_cosine():
+    rates = [learning_rate(step, 1.0, "constant", 4, 10) for step in range(1, 11)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1, 1, 1, 1, 1, 1]
+    rates = [learning_rate(step, 1.0, "cosine", 4, 10, min_ratio=0.1) for step in range(1, 11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[6] == pytest.approx(0.55)  # half way: half between 1 and 0.1
+    assert rates[9] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+    assert learning_rate(12, 1.0, "cosine", 4, 10, min_ratio=0.1) == pytest.approx(0.1)  # past the end: stays
+
+
+# --- copies in flight
+
+
+class FakeEvent:
+    """Recorded on a stream; the copies queued before it land only once somebody waits for it."""
+
+    def __init__(self, stream: FakeStream):
+        self.stream, self.upto = stream, len(stream.queue)
+
+    def synchronize(self) -> None:
+        self.stream.land(self.upto)
+
+
+class FakeStream:
+    """A queue of copies that stay unlanded until they are waited for, as on a slow bus."""
+
+    log: ClassVar[list[str]] = []
+    compute: ClassVar[FakeStream]
+
+    def __init__(self, device=None):
+        self.queue, self.done = [], 0
+
+    def wait_stream(self, other: FakeStream) -> None:
+        FakeStream.log.append("side waits for compute" if other is FakeStream.compute else "compute waits for side")
+        other.land(len(other.queue))
+
+    def record_event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+    def land(self, upto: int) -> None:
+        while self.done < upto:
+            self.queue[self.done]()
+            self.done += 1
+
+
+@pytest.fixture
+def slow_bus(monkeypatch):
+    """torch.cuda with fakes on the CPU: a non-blocking copy onto a stream is queued, and reads its source late."""
+    FakeStream.log, FakeStream.compute = [], FakeStream()
+    current = []
+    copy, empty = torch.Tensor.copy_, torch.empty
+
+    def queued_copy(target, source, non_blocking=False):
+        if non_blocking:
+            current[-1].queue.append(lambda: copy(target, source))
+            return target
+        return copy(target, source)
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream.compute)
+    monkeypatch.setattr(torch.Tensor, "copy_", queued_copy)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    return FakeStream
+
+
+def test_a_gradient_is_read_only_after_its_copy_has_landed(slow_bus):
+    """CHECKLIST 32: copies are queued behind the backward pass, and reading one waits for it and no more."""
+    transfer = _Transfer(torch.device("cpu"))
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    for i, p in enumerate(parameters):
+        p.grad = torch.full((3,), -1.0)
+        # the backward pass that writes this gradient is still running on the compute stream
+        slow_bus.compute.queue.append(lambda p=p, i=i: p.grad.fill_(float(i + 1)))
+        transfer.fetch(p)
+    assert transfer.stream.done == 0  # nothing was waited for yet
+    assert torch.equal(transfer.wait(parameters[0]), torch.full((3,), 1.0))
+    assert transfer.stream.done == 1  # the second copy still flies while the first slice is computed
+    assert torch.equal(transfer.wait(parameters[1]), torch.full((3,), 2.0))
+
+
+def test_a_buffer_is_written_again_only_after_its_weights_have_left(slow_bus):
+    """CHECKLIST 32: the next step's rounded weights must not overtake the last step's copy out of the same buffer."""
+    transfer = _Transfer(torch.device("cpu"))
+    p = nn.Parameter(torch.zeros(3))
+    with torch.no_grad():
+        transfer.outgoing(p).fill_(1.0)
+        transfer.send(p)
+        assert torch.equal(p, torch.zeros(3))  # the copy is in flight
+        transfer.outgoing(p).fill_(2.0)  # waits first
+        assert torch.equal(p, torch.ones(3))
+        transfer.send(p)
+        transfer.finish()
+    assert torch.equal(p, torch.full((3,), 2.0))
+    assert slow_bus.log[-1] == "compute waits for side"
+
+
+class FakeCudaParameter(nn.Parameter):
+    """Says that it lives on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_a_step_through_the_slow_bus_equals_one_without(slow_bus):
+    """CHECKLIST 32: the optimizer's own step, told that its parameters live on a GPU, leaves the same weights and
+    masters behind, though every copy lands as late as it may."""
+    references = make_parameters(torch.bfloat16)
+    parameters = [FakeCudaParameter(p.detach().clone()) for p in references]
+    mine, theirs = MemoryEfficientAdamW(parameters, **SETTINGS), MemoryEfficientAdamW(references, **SETTINGS)
+    for step in range(3):
+        for all_parameters in (parameters, references):
+            set_gradients(all_parameters, step)
+        mine.step()
+        theirs.step()
+        for p, q in zip(parameters, references):
+            assert torch.equal(p.data, q.data)
+            assert torch.equal(mine.state[p]["master"], theirs.state[q]["master"])
+    assert slow_bus.log.count("compute waits for side") == 3
