@@ -20,8 +20,9 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from qwen2_llm import Qwen2ForCausalLM
 from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 CHECK_EVERY = 16  # tokens between two looks at how many rows still run, where a look waits for the device
 
 
@@ -84,7 +86,7 @@ def generate(
 
     Args:
         prompts: texts, or token ids that are used as they are.
-        max_rows: decode at most so many answers at a time (memory); it does not change them.
+        max_rows: decode at most so many answers at a time, fewer where memory runs out; it does not change them.
         share_prompt: attend to a prompt's keys once a group; False gives every row its own copy (the slow twin).
         pack_weights: lay bf16 weights out for the CPU's matrix unit first; False multiplies by them as they are.
 
@@ -95,16 +97,37 @@ def generate(
     uniforms = _uniforms(ids, params, seed)
     was_training = model.training
     model.eval()
-    completions = []
-    step = max(1, max_rows // params.n)
-    rows = min(step, len(ids)) * params.n
-    with packed_weights(model, rows) if pack_weights else contextlib.nullcontext():
-        for start in range(0, len(ids), step):
-            part = slice(start, start + step)
-            u = uniforms[start * params.n : (start + step) * params.n]
-            completions += _generate_batch(model, ids[part], u, params, tokenizer, share_prompt, first_index=start)
+
+    def all_answers(rows: int) -> list[Completion]:
+        completions, step = [], max(1, rows // params.n)
+        with packed_weights(model, min(step, len(ids)) * params.n) if pack_weights else contextlib.nullcontext():
+            for start in range(0, len(ids), step):
+                part, u = slice(start, start + step), uniforms[start * params.n : (start + step) * params.n]
+                completions += _generate_batch(model, ids[part], u, params, tokenizer, share_prompt, first_index=start)
+        return completions
+
+    completions = halve_when_out_of_memory(all_answers, max_rows)
     model.train(was_training)
     return completions
+
+
+def halve_when_out_of_memory(work: Callable[[int], T], size: int) -> T:
+    """work(size); where memory runs out, from the start with half the size, down to 1. `work` must not depend on it."""
+    while True:
+        try:
+            return work(size)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size //= 2
+            logger.warning("out of memory; again with pieces of at most %d", size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # outside the except clause: the error's traceback holds on to tensors
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own error on a GPU; on a CPU its allocator raises a RuntimeError that only its text tells."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:

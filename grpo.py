@@ -39,7 +39,7 @@ import losses
 from attention import PackedAttention
 from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
-from generation import SamplingParams, generate
+from generation import SamplingParams, generate, halve_when_out_of_memory
 from linear import gradients_in_place
 from lora import adapters_off, add_lora, has_lora, trainable
 from math_task import QuestionTask, Task, task_from_config
@@ -211,7 +211,8 @@ def update_policy(
             be its own, and is asked with them off.
         before: `score_episodes` with the weights before the rollout's first update, for the updates after it.
         max_new_tokens: dr_grpo's constant denominator; None takes the longest answer.
-        micro_batch_tokens: most tokens in one forward and backward pass. Memory, not mathematics.
+        micro_batch_tokens: most tokens in one forward and backward pass. Memory, not mathematics: when memory runs out,
+            the step's gradient is computed again with half as many.
         shared_prefix: False repeats the prompt for every answer (the slow twin).
         in_place_gradients: False lets autograd add the gradients of micro-batches (the slow twin).
 
@@ -226,15 +227,17 @@ def update_policy(
         episodes, model.device, o.loss_type, mask_truncated=o.mask_truncated, max_new_tokens=max_new_tokens,
         everything=o.everything, shared_prefix=shared_prefix, before=before,
     )  # fmt: skip
-    micro_batches = list(step.micro_batches(micro_batch_tokens))
-    masks = _top_entropy_masks(model, micro_batches, o.top_entropy_share)
-    totals = StepTotals()
-    optimizer.zero_grad(set_to_none=True)
-    with gradients_in_place(in_place_gradients):
-        for micro, mask in zip(micro_batches, masks):
-            micro_loss(o, model, reference, micro, mask, totals).backward()
 
-    metrics = totals.metrics()
+    def all_gradients(max_tokens: int) -> StepTotals:
+        optimizer.zero_grad(set_to_none=True)
+        micro_batches, totals = list(step.micro_batches(max_tokens)), StepTotals()
+        masks = _top_entropy_masks(model, micro_batches, o.top_entropy_share)
+        with gradients_in_place(in_place_gradients):
+            for micro, mask in zip(micro_batches, masks):
+                micro_loss(o, model, reference, micro, mask, totals).backward()
+        return totals
+
+    metrics = halve_when_out_of_memory(all_gradients, micro_batch_tokens).metrics()
     metrics["grad_norm"] = grad_norm = _clip_gradients(optimizer, max_grad_norm)
     metrics["update/skipped"] = 0.0
     if not step.trained or not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
