@@ -15,6 +15,7 @@ from attention import (
     Layout,
     PackedAttention,
     PrefillAttention,
+    Run,
     _varlen_index,
     attend_each_run,
     attend_lse,
@@ -31,6 +32,9 @@ LAYOUTS = {
     "ragged-groups": Layout.shared_prefix([3, 6, 1], [[5, 1, 17], [2], [4, 4]]),
     "empty-responses": Layout.shared_prefix([3, 4, 2], [[0, 2, 0, 3], [0, 0], [1, 0]]),
     "prompt-without-responses": Layout.shared_prefix([3, 4], [[], [2]]),
+    "prompts-first": Layout(
+        [Run(0, 2), Run(2, 3), Run(5, 2, 0, 2), Run(7, 1, 2, 3), Run(8, 2, 2, 3), Run(10, 1, 0, 2)]
+    ),
     "long": Layout.shared_prefix([70, 45], [[130, 3, 90], [64, 65]]),
 }
 

@@ -12,6 +12,7 @@ from conftest import make_config, make_model, write_tokenizer
 
 import generation
 from generation import SamplingParams, filter_weights, generate, inverse_cdf, sample
+from linear import Linear, can_pack
 from tokenizer import Tokenizer
 
 PROMPTS = [[72, 101, 108], [10], [72, 101, 108, 108, 111, 44, 32, 119, 111], [5, 6]]
@@ -178,7 +179,7 @@ def test_stop_strings_end_an_answer_where_they_are_completed(stop, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[others] = 0
         model.lm_head.weight[others, 0] = -20.0
-    completions = answers(model, PROMPTS, tokenizer, n=8, max_new_tokens=24, stop=(stop, "never"))
+    completions = answers(model, PROMPTS, tokenizer, n=8, max_new_tokens=24, stop=(stop, "z"))
     free = answers(model, PROMPTS, tokenizer, n=8, max_new_tokens=24)
     assert {c.finish_reason for c in completions} >= {"stop"}
     for completion, whole in zip(completions, free, strict=True):
@@ -418,6 +419,27 @@ def test_generating_between_updates_leaves_training_alone(tokenizer):
         assert torch.equal(mine, other)
         assert torch.equal(mine.grad, other.grad)
     assert answers(models[0], PROMPTS, tokenizer) == answers(models[1], PROMPTS, tokenizer)
+
+
+def test_packed_weights_are_forgotten_when_a_call_ends(tokenizer, monkeypatch):
+    """CHECKLIST 28. Also when it ends by an error; a packed weight left behind would cut training's gradients."""
+    model, seen = make_model(make_config(tie_word_embeddings=False)).bfloat16(), []
+
+    def packed() -> list[bool]:
+        linears = [module for module in model.modules() if isinstance(module, Linear)]
+        return [module.packed is not None for module in linears] + [model.packed_head is not None]
+
+    def interrupted(*_):
+        seen.extend(packed())
+        raise KeyboardInterrupt
+
+    answers(model, PROMPTS[:1], tokenizer, max_new_tokens=2)
+    assert not any(packed())
+    monkeypatch.setattr(generation, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers(model, PROMPTS[:1], tokenizer, max_new_tokens=2)
+    assert all(seen) == can_pack(model.head_weight)
+    assert not any(packed())
 
 
 @pytest.mark.parametrize("training", [True, False])
