@@ -5,7 +5,7 @@
         config.json model.safetensors tokenizer...  opens with transformers, vLLM, llama.cpp, and --ckpt
         optimizer.safetensors                       fp32 masters and moments, "<parameter's index>.<name>"
         trainer_state.json                          step, score, the trainer's state, the optimizer's settings
-        adapter/                                    in PEFT's format, where there are adapters; model.safetensors is merged
+        adapter/                                    PEFT's format, of a run with adapters; model.safetensors is merged
         SHA256SUMS                                  `sha256sum -c SHA256SUMS` says the same as load_checkpoint
 
 Where this departs from `torch.save` in the run's folder: everything is written into a folder beside, every file is

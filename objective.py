@@ -52,6 +52,7 @@ class Objective:
     ot_regularization: float = 0.1
     ot_iterations: int = 5
     entropy_coef: float = 0.0
+    entropy_target: float | None = None  # the update only measures; the coefficient is the trainer's to adapt
 
     @classmethod
     def from_config(cls, config: Any, **changes: Any) -> Objective:
@@ -70,7 +71,8 @@ class Objective:
     @property
     def everything(self) -> bool:
         """Whether episodes of advantage 0 matter."""
-        return self.in_loss or bool(self.entropy_coef) or self.top_entropy_share < 1
+        entropy = bool(self.entropy_coef) or self.entropy_target is not None or self.top_entropy_share < 1
+        return self.in_loss or entropy
 
     @property
     def asks_before(self) -> bool:
