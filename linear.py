@@ -105,8 +105,8 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     try:
         for module in linears:
             module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, rows)
-        if can_pack(model.head_weight):
-            model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head_weight, rows)
+        if can_pack(head):
+            model.packed_head = torch.ops.mkldnn._reorder_linear_weight(head, rows)
         yield
     finally:
         for module in linears:
