@@ -101,7 +101,8 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
     Only for bf16 weights on a CPU whose oneDNN has bf16 products; elsewhere nothing happens.
     """
-    linears = [m for m in model.modules() if isinstance(m, Linear) and can_pack(m.weight)]
+    head = model.head_weight  # an untied one is a Linear too, and is packed once
+    linears = [m for m in model.modules() if isinstance(m, Linear) and m.weight is not head and can_pack(m.weight)]
     try:
         for module in linears:
             module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, rows)
