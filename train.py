@@ -176,25 +176,26 @@ def describe(trainer: GRPO) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     answers = config.prompts_per_step * config.group_size
     dtype = str(model.dtype).removeprefix("torch.")
+    device, host = estimate_gib(trainer)
     return (
         f"{config.ckpt}: {parameters / 1e6:.1f} M parameters in {dtype} on {model.device}; {config.task}, {config.loss_type}\n"
         f"a step: {config.prompts_per_step} prompts x {config.group_size} answers x up to {config.max_new_tokens} tokens, "
         f"{answers * config.max_new_tokens:,} at most; {config.steps} steps\n"
-        f"memory: about {estimate_gib(trainer):.1f} GiB"
+        f"memory: about {device:.1f} GiB" + (f" on {model.device}, {host:.1f} GiB beside it" if host else "")
     )
 
 
-def estimate_gib(trainer: GRPO) -> float:
-    """Weights, gradients, fp32 state, and the larger of activations of a micro-batch and the cache of a rollout."""
+def estimate_gib(trainer: GRPO) -> tuple[float, float]:
+    """(on the model's device, in the memory of a host beside it): weights, gradients and the larger of activations of a
+    micro-batch and the cache of a rollout; fp32 masters and moments are the host's."""
     model, c = trainer.model, trainer.config
     sizes = model.config
     element = model.dtype.itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    own_masters = element == 4 and model.device.type == "cpu"
     trained = sum(p.numel() for p in trainable(model))
-    fixed = parameters * element + trained * (element + 8 + (0 if own_masters else 4))
-    if trainer.reference not in (None, model):
-        fixed += parameters * element
+    on_cpu = model.device.type == "cpu"
+    state = trained * (8 + (0 if element == 4 and on_cpu else 4))
+    weights = parameters * element * (1 if trainer.reference in (None, model) else 2)
     tokens = min(c.micro_batch_tokens, c.prompts_per_step * (128 + c.group_size * c.max_new_tokens))
     layer = 12 * sizes.hidden_size * element + 5 * sizes.intermediate_size * element + 8 * sizes.hidden_size
     activations = tokens * (layer * (1 if c.gradient_checkpointing else sizes.num_hidden_layers) + 2 * 8192 * element)
@@ -202,7 +203,9 @@ def estimate_gib(trainer: GRPO) -> float:
     per_token = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * element
     rows = min(512, c.prompts_per_step * c.group_size)
     cache = rows * (c.max_new_tokens * per_token + 3 * 4 * sizes.vocab_size)
-    return (fixed + max(activations, cache)) / 2**30
+    device = weights + trained * element + max(activations, cache)
+    beside = state if c.cpu_optimizer and not on_cpu else 0
+    return (device + state - beside) / 2**30, beside / 2**30
 
 
 def dry_run(trainer: GRPO) -> int:
