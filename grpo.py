@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 import losses
-from attention import PackedAttention
 from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
 from generation import SamplingParams, generate, halve_when_out_of_memory
@@ -48,8 +47,9 @@ from optimizer import MemoryEfficientAdamW, learning_rate
 from packing import MicroBatch, Scores, Step
 from pretrained import load_pretrained, locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
-from rewards import soft_overlong_penalty
-from step_metrics import Metrics, StepTotals, has_signal, reward_metrics
+from scoring import response_states, score, score_episodes, score_states, top_entropy_masks
+from shaping import drop_zero_variance, penalise_divergence, penalise_length
+from step_metrics import Metrics, StepTotals, reward_metrics
 from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -153,38 +153,6 @@ def _deviation(rewards: Sequence[float]) -> float:
     return math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
 
 
-def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
-    """Episodes of groups whose rewards differ, and the others, which say nothing (DAPO's dynamic sampling, 3.2)."""
-    groups = defaultdict(list)
-    for episode in episodes:
-        groups[episode.group_id].append(episode.reward)
-    kept = [e for e in episodes if has_signal(groups[e.group_id])]
-    return kept, [e for e in episodes if not has_signal(groups[e.group_id])]
-
-
-def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: int) -> list[Episode]:
-    """Take up to 1 from the reward of answers that come within `buffer` tokens of the cap: DAPO's soft overlong
-    punishment, eq. 13. The penalty is the reward part `overlong`."""
-    penalties = [soft_overlong_penalty(len(e.response_ids), max_new_tokens, buffer) for e in episodes]
-    return [_add_part(e, "overlong", penalty, 1.0) for e, penalty in zip(episodes, penalties)]
-
-
-def penalise_divergence(
-    reference: Qwen2ForCausalLM, episodes: Sequence[Episode], beta: float, kl: str = "k1", **packing: int | bool
-) -> list[Episode]:
-    """Take beta * KL(sampler || reference) from each reward, estimated on the answer's own tokens and summed over them
-    (Ouyang et al. 2022, arXiv 2203.02155, eq. 2). The estimate is the reward part `kl`."""
-    with adapters_off(reference):
-        scores = score_episodes(reference, episodes, **packing)
-    estimates = [losses.kl_penalty(torch.tensor(e.logprobs), s.logp, kl).sum() for e, s in zip(episodes, scores)]
-    return [_add_part(e, "kl", float(estimate), -beta) for e, estimate in zip(episodes, estimates)]
-
-
-def _add_part(episode: Episode, name: str, value: float, weight: float) -> Episode:
-    parts = {**episode.reward_parts, name: value}
-    return replace(episode, reward=episode.reward + weight * value, reward_parts=parts)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Update
 
@@ -231,7 +199,7 @@ def update_policy(
     def all_gradients(max_tokens: int) -> StepTotals:
         optimizer.zero_grad(set_to_none=True)
         micro_batches, totals = list(step.micro_batches(max_tokens)), StepTotals()
-        masks = _top_entropy_masks(model, micro_batches, o.top_entropy_share)
+        masks = top_entropy_masks(model, micro_batches, o.top_entropy_share)
         with gradients_in_place(in_place_gradients):
             for micro, mask in zip(micro_batches, masks):
                 micro_loss(o, model, reference, micro, mask, totals).backward()
@@ -255,8 +223,8 @@ def micro_loss(
     totals: StepTotals,
 ) -> Tensor:  # fmt: skip
     """A micro-batch's part of the step's loss, a scalar. `mask` [M]: tokens that the policy loss learns from."""
-    hidden = _hidden(model, micro)
-    logp, entropy = _score_hidden(model, micro, hidden)
+    hidden = response_states(model, micro)
+    logp, entropy = score_states(model, micro, hidden)
     terms, importance = o.policy(micro, logp)
     loss = policy = losses.weighted_sum(terms.loss, micro.weights if mask is None else micro.weights * mask)
     if o.in_loss:
@@ -277,48 +245,6 @@ def micro_loss(
         difference=(logp.detach() - micro.old_logp).abs(),
     )  # fmt: skip
     return loss
-
-
-def score(model: Qwen2ForCausalLM, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token and entropy where it was drawn: [M] and [M], fp32."""
-    return _score_hidden(model, micro, _hidden(model, micro))
-
-
-def _hidden(model: Qwen2ForCausalLM, micro: MicroBatch) -> Tensor:
-    return model.hidden_states(micro.ids, micro.positions, PackedAttention(micro.layout))[micro.predicting_rows]
-
-
-def _score_hidden(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
-    return losses.token_logprobs(hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size)
-
-
-@torch.no_grad()
-def score_episodes(
-    model: Qwen2ForCausalLM, episodes: Sequence[Episode], *, keep_hidden: bool = False,
-    micro_batch_tokens: int = 16384, shared_prefix: bool = True,
-) -> list[Scores]:  # fmt: skip
-    """What the model says of each episode's tokens, without a gradient and without dropout."""
-    was_training = model.training
-    model.eval()
-    scores = [Scores(torch.zeros(0), torch.zeros(0, model.config.hidden_size) if keep_hidden else None)] * len(episodes)
-    for micro in Step(episodes, model.device, shared_prefix=shared_prefix).micro_batches(micro_batch_tokens):
-        hidden = _hidden(model, micro)
-        logp, _ = _score_hidden(model, micro, hidden)
-        sizes = micro.lengths.tolist()
-        hiddens = hidden.cpu().split(sizes) if keep_hidden else [None] * len(sizes)
-        for number, one_logp, one_hidden in zip(micro.numbers, logp.cpu().split(sizes), hiddens):
-            scores[number] = Scores(one_logp, one_hidden)
-    model.train(was_training)
-    return scores
-
-
-@torch.no_grad()
-def _top_entropy_masks(model, micro_batches: list[MicroBatch], share: float) -> list[Tensor | None]:
-    """For each micro-batch, which tokens are among the step's `share` of highest entropy; all: None."""
-    if share == 1 or not micro_batches:
-        return [None] * len(micro_batches)
-    entropies = [score(model, micro)[1] for micro in micro_batches]
-    return list(losses.top_entropy_mask(torch.cat(entropies), share).split([len(e) for e in entropies]))
 
 
 def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:

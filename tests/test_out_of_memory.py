@@ -90,7 +90,7 @@ def test_an_update_that_does_not_fit_gives_the_same_gradient_in_pieces(trainer, 
     episodes = compute_advantages(episodes)
     whole, pieces = (KeepGradients(trainer.model.parameters(), lr=0.0) for _ in range(2))
     expected = update_policy(trainer.model, whole, episodes)
-    real, rows = grpo._hidden, []
+    real, rows = grpo.response_states, []
 
     def small_machine(model, micro):
         rows.append(len(micro.ids))
@@ -98,7 +98,7 @@ def test_an_update_that_does_not_fit_gives_the_same_gradient_in_pieces(trainer, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, micro)
 
-    monkeypatch.setattr(grpo, "_hidden", small_machine)
+    monkeypatch.setattr(grpo, "response_states", small_machine)
     metrics = update_policy(trainer.model, pieces, episodes, micro_batch_tokens=100)
     assert max(rows) > 90, "the machine was never too small"
     assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6)
