@@ -104,7 +104,7 @@ class Qwen2Config:
             vocab_size=_positive_int(raw, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_positive_int(raw, "intermediate_size"),
-            num_hidden_layers=_positive_int(raw, "num_hidden_layers"),
+            num_hidden_layers=_positive_int(raw, "num_hidden_layers", limit=1000),
             num_attention_heads=heads,
             num_key_value_heads=_positive_int(raw, "num_key_value_heads", heads),
             head_dim=_positive_int(raw, "head_dim", max(hidden // heads, 1)),
@@ -141,10 +141,10 @@ class Qwen2Config:
         return {**self.raw, **known}
 
 
-def _positive_int(raw: dict, key: str, default: int | None = None) -> int:
+def _positive_int(raw: dict, key: str, default: int | None = None, limit: int = 2**31) -> int:
     value = raw.get(key) if raw.get(key) is not None else default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise ValueError(f"{key} is {value!r}, expected a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+        raise ValueError(f"{key} is {value!r}, expected a positive whole number below {limit}")
     return value
 
 

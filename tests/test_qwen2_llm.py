@@ -494,3 +494,11 @@ def test_fresh_weights_depend_on_the_seed_alone():
         assert torch.equal(parameter, b[name])
         assert parameter.ndim == 1 or not torch.equal(parameter, c[name])
     assert abs(a["model.layers.0.mlp.down_proj.weight"].std() * 48**0.5 - 0.8) < 0.05
+
+
+def test_a_config_of_a_billion_layers_is_refused_before_they_are_built():
+    raw = make_config().to_dict() | {"num_hidden_layers": 10**9}
+    with pytest.raises(
+        ValueError, match="num_hidden_layers is 1000000000, expected a positive whole number below 1000"
+    ):
+        Qwen2Config.from_dict(raw)
