@@ -178,8 +178,10 @@ def describe(trainer: GRPO) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     device, host = estimate_gib(trainer)
     return (
-        f"{config.ckpt}: {parameters / 1e6:.1f} M parameters in {dtype} on {model.device}; {config.task}, {config.loss_type}\n"
-        f"a step: {config.prompts_per_step} prompts x {config.group_size} answers x up to {config.max_new_tokens} tokens, "
+        f"{config.ckpt}: {parameters / 1e6:.1f} M parameters in {dtype} on {model.device}; "
+        f"{config.task}, {config.loss_type}\n"
+        f"a step: {config.prompts_per_step} prompts x {config.group_size} answers x up to "
+        f"{config.max_new_tokens} tokens, "
         f"{answers * config.max_new_tokens:,} at most; {config.steps} steps\n"
         f"memory: about {device:.1f} GiB" + (f" on {model.device}, {host:.1f} GiB beside it" if host else "")
     )

@@ -421,6 +421,16 @@ def test_dropped_groups_are_replaced_by_further_problems_up_to_the_cap(checkpoin
     assert [e.response_ids for e in again] == [e.response_ids for e in episodes]
 
 
+def test_a_prompt_that_is_drawn_again_gets_other_answers(checkpoint_folder):
+    class Same(Moody):
+        def train_problem(self, index: int) -> Problem:
+            return Problem(str(index), [{"role": "user", "content": "the same"}], 0)
+
+    flags = ("--drop-zero-variance", "--refill-rounds", "1")
+    episodes, _ = one_step(trainer_for(checkpoint_folder, *flags, task=Same()))
+    assert len({tuple(e.response_ids) for e in episodes}) == len(episodes) == 12
+
+
 def test_a_step_in_which_everything_was_dropped_changes_nothing(checkpoint_folder, caplog):
     trainer = trainer_for(checkpoint_folder, "--drop-zero-variance", "--prompts-per-step", "1", task=Moody())
     before = [p.clone() for p in trainer.model.parameters()]
