@@ -1,7 +1,7 @@
 """Worked examples for a warm start: an honest guess-and-check search for a Countdown problem, written out.
 
     7*3=21,21+5=26 no
-    5+3=8,8*7=56 no
+    7/3 no
     7-3=4,5*4=20 ok
     </think>
     <answer>5*(7-3)</answer>
@@ -15,17 +15,21 @@ that imitates the mix has all of these habits, and reinforcement learning has so
     text = write_trace([7, 3, 5], 20, draw_searcher(rng), rng, room=184, count_tokens=len)
 
 To keep the arithmetic small enough for a tiny model, the larger number stands left, results are whole, above 0 and at
-most `LARGEST_RESULT`. Of the generator's problems with numbers up to 25 this leaves 99% solvable.
+most `LARGEST_RESULT`. Of the generator's problems with numbers up to 25 this leaves 99% solvable. Now and then an
+attempt runs into an operation without such a result and stops there, as 7/3 above. Without these dead ends a model that
+slipped into one had nothing true left to write: most of the false sums of an earlier version were of that kind.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 LARGEST_RESULT = 100
+DEAD_ENDS = 0.08  # chance that a step runs into one
 MAX_DRAWS = 60  # of attempts: those made before and those without a result in range are drawn again
 
 
@@ -37,10 +41,10 @@ class Value(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One sum: `shown` is what stands in the trace, `value` what there is afterwards."""
+    """One sum: `shown` is what stands in the trace, `value` what there is afterwards; None at a dead end."""
 
     shown: str
-    value: Value
+    value: Value | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Searcher:
 
 def draw_searcher(rng: random.Random) -> Searcher:
     """Mostly lazy and blind, sometimes stubborn, sometimes attentive."""
-    patience = rng.choice((1, 1, 1, 1, 2, 2, 3, 99))
+    patience = rng.choice((1, 1, 1, 1, 1, 2, 3, 99))
     notice = rng.choice((0.0, 0.0, 0.0, 0.5, 1.0))
     return Searcher(patience, notice, thoughts=rng.choice((1, 1, 1, 3)))
 
@@ -72,24 +76,28 @@ def write_trace(
     A search that has no room for another attempt gives up as an impatient one does. Raises ValueError where `room` does
     not hold the first attempt and its answer.
     """
-    text, closest, seen, attempts = "", None, set(), 0
+    text, closest, seen = "", None, set()
     for _ in range(MAX_DRAWS):
-        if attempts >= searcher.patience or (closest and closest.number == target):
+        if closest and (len(seen) >= searcher.patience or closest.number == target):
             break
         steps = _closest_of(searcher.thoughts, numbers, target, searcher.notice, rng)
         line = ",".join(step.shown for step in steps)
-        if not steps or line in seen:
+        if line in seen:
             continue
         last = steps[-1].value
-        best = last if closest is None or abs(last.number - target) < abs(closest.number - target) else closest
-        longer = text + line + (" ok\n" if last.number == target else " no\n")
-        if count_tokens(longer + _ending(best, target)) > room:
+        best = last if _distance(last, target) < _distance(closest, target) else closest
+        longer = text + line + (" ok\n" if last and last.number == target else " no\n")
+        if best and count_tokens(longer + _ending(best, target)) > room:
             break
-        text, closest, attempts = longer, best, attempts + 1
+        text, closest = longer, best
         seen.add(line)
     if closest is None:
         raise ValueError(f"{room} tokens do not hold one attempt at {list(numbers)} = {target}; give more room")
     return text + _ending(closest, target)
+
+
+def _distance(value: Value | None, target: int) -> float:
+    return math.inf if value is None else abs(value.number - target)
 
 
 def _ending(closest: Value, target: int) -> str:
@@ -98,35 +106,36 @@ def _ending(closest: Value, target: int) -> str:
 
 
 def _closest_of(n: int, numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:
-    """The closest of `n` random attempts; [] where none of them could be finished."""
+    """The closest of `n` random attempts."""
     attempts = [_attempt(numbers, target, notice, rng) for _ in range(n)]
-    finished = [steps for steps in attempts if steps]
-    return min(finished, key=lambda steps: abs(steps[-1].value.number - target), default=[])
+    return min(attempts, key=lambda steps: _distance(steps[-1].value, target))
 
 
 def _attempt(numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:
-    """Combine two random numbers by a random operation until one is left; [] where none has a result in range."""
+    """Combine two random numbers by a random operation until one is left, or until a dead end."""
     values, steps = [Value(n, str(n)) for n in numbers], []
     while len(values) > 1:
         pair = [values.pop(rng.randrange(len(values))) for _ in range(2)]
-        possible = _sums(*sorted(pair, key=lambda value: -value.number))
-        if not possible:
-            return []
+        sums, dead_ends = _sums(*sorted(pair, key=lambda value: -value.number))
+        if not sums or (dead_ends and rng.random() < DEAD_ENDS):
+            return [*steps, rng.choice(dead_ends)]
         if not values and rng.random() < notice:
-            steps.append(min(possible, key=lambda step: abs(step.value.number - target)))
+            steps.append(min(sums, key=lambda step: _distance(step.value, target)))
         else:
-            steps.append(rng.choice(possible))
+            steps.append(rng.choice(sums))
         values.append(steps[-1].value)
     return steps
 
 
-def _sums(a: Value, b: Value) -> list[Step]:
-    """What can be made of a >= b: whole results from 1 to LARGEST_RESULT."""
-    results = {"+": a.number + b.number, "-": a.number - b.number, "*": a.number * b.number}
-    if b.number and a.number % b.number == 0:
-        results["/"] = a.number // b.number
-    return [
-        Step(f"{a.number}{operator}{b.number}={result}", Value(result, f"({a.text}{operator}{b.text})"))
-        for operator, result in results.items()
-        if 1 <= result <= LARGEST_RESULT
-    ]
+def _sums(a: Value, b: Value) -> tuple[list[Step], list[Step]]:
+    """What can be made of a >= b: the operations with a whole result from 1 to LARGEST_RESULT, and the others."""
+    quotient = a.number // b.number if b.number and a.number % b.number == 0 else 0
+    results = {"+": a.number + b.number, "-": a.number - b.number, "*": a.number * b.number, "/": quotient}
+    sums, dead_ends = [], []
+    for operator, result in results.items():
+        shown = f"{a.number}{operator}{b.number}"
+        if 1 <= result <= LARGEST_RESULT:
+            sums.append(Step(f"{shown}={result}", Value(result, f"({a.text}{operator}{b.text})")))
+        else:
+            dead_ends.append(Step(shown, None))
+    return sums, dead_ends

@@ -64,13 +64,13 @@ class Options:
     """Folder to write the checkpoint to."""
     ckpt: str | None = None
     """Folder of a checkpoint to start from; None: a fresh tiny model with a fresh tokenizer."""
-    tokens: int = 24_000_000
+    tokens: int = 12_000_000
     """Tokens to train on, prompts included."""
     batch_tokens: int = 3000
     """Tokens an optimizer step; small batches stay in the cache and are twice as fast on a CPU."""
     lr: float = 3e-3
     """Highest learning rate; cosine to 0 after a short warm-up."""
-    room: int = 184
+    room: int = 172
     """Longest response, in tokens, its stop token included."""
     numbers: tuple[int, ...] = (3, 4)
     """How many numbers a problem may have; repeat one to see it more often."""
@@ -78,7 +78,7 @@ class Options:
     """Largest number of a problem."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the weights; masters and moments are fp32 either way."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads. Another number gives other roundings and so another model."""
     eval_problems: int = 512
     """Held-out problems of the closing evaluation; 0: none."""
