@@ -76,7 +76,6 @@ def train(config: Config) -> int:
             metrics["memory/peak_gib"] = peak_gib(model.device)
             log.log_samples(step, episodes, tokenizer.decode)
 
-            last = step == config.steps or stop.requested
             if held_out and (step == config.steps or is_due(step, config.eval_every)):
                 log.phase("evaluating")
                 metrics |= evaluate(trainer, held_out)
@@ -86,10 +85,11 @@ def train(config: Config) -> int:
                 log.console.print(
                     f"a step takes {metrics['step_time']:.1f} s; the run will last about {left}, and evaluations"
                 )
-            if last or is_due(step, config.save_every):
+            stopping = bool(stop.requested)  # asked once: a signal after this line ends the next step, saved as well
+            if stopping or step == config.steps or is_due(step, config.save_every):
                 log.phase("saving")
                 save(run_dir, step, trainer, metrics)
-            if stop.requested:
+            if stopping:
                 break
         log.print_summary()
     print(f"checkpoints, metrics and samples are in {run_dir}")
