@@ -537,8 +537,8 @@ def test_beta_without_a_reference_is_refused(tiny_model):
 # --- numbers that are not finite
 
 
-@pytest.mark.parametrize("broken", ["advantage", "log-probability", "gradient", "weight"])
-def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, broken):
+@pytest.mark.parametrize("broken", ["advantage", "log-probability", "gradient", "loss", "weight"])
+def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, monkeypatch, broken):
     """CHECKLIST 44: weights and moments stay as they were, the warning says what was not finite, and the next good
     step goes through."""
     optimizer = MemoryEfficientAdamW(tiny_model.parameters(), lr=0.01)
@@ -551,6 +551,9 @@ def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, broken):
         bad[0] = dataclasses.replace(bad[0], logprobs=[math.nan] * len(bad[0].logprobs), advantage=1.0)
     elif broken == "gradient":
         hook = norm.register_hook(lambda grad: grad * math.inf)
+    elif broken == "loss":
+        real = grpo.losses.weighted_sum
+        monkeypatch.setattr(grpo.losses, "weighted_sum", lambda terms, weights: real(terms, weights) + math.nan)
     else:
         value = norm.data[0].clone()
         norm.data[0] = math.nan
@@ -562,9 +565,11 @@ def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, broken):
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments))
     assert metrics["update/skipped"] == 1
     assert "the update was refused" in caplog.text
-    assert ("gradient norm nan" in caplog.text) or ("gradient norm inf" in caplog.text)
+    if broken != "loss":
+        assert ("gradient norm nan" in caplog.text) or ("gradient norm inf" in caplog.text)
     if broken != "gradient":
         assert ("loss nan" in caplog.text) or ("loss inf" in caplog.text) or ("loss -inf" in caplog.text)
+    monkeypatch.undo()
     if hook:
         hook.remove()
     if broken == "weight":
