@@ -246,6 +246,6 @@ def test_the_bundled_checkpoint_searches_honestly_and_imperfectly():
     model, tokenizer = Qwen2ForCausalLM.from_pretrained(ASSET), Tokenizer.from_pretrained(ASSET)
     rates = warm_start.evaluate(model, tokenizer, TASK, 64, max_new_tokens=192, temperature=1.0)
     assert rates["format"] >= 0.9
-    assert rates["false_sums"] <= 0.1
+    assert rates["false_sums"] <= 0.03
     assert 0.05 <= rates["solved"] <= 0.5
     assert sum(file.stat().st_size for file in ASSET.iterdir()) < 5e6
