@@ -36,6 +36,7 @@ from generation import SamplingParams, generate
 from losses import token_logprobs
 from math_task import CountdownTask
 from optimizer import MemoryEfficientAdamW
+from pretrained import locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from search_traces import draw_searcher, write_trace
 from tokenizer import Tokenizer
@@ -58,20 +59,20 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Options:
-    """Defaults are those of the bundled model; with --ckpt, a fraction of `tokens` and of `lr` is right."""
+    """Where two defaults are given, the first is for a fresh model and the second for --ckpt."""
 
     out: str = "runs/warm-start"
     """Folder to write the checkpoint to."""
     ckpt: str | None = None
-    """Folder of a checkpoint to start from; None: a fresh tiny model with a fresh tokenizer."""
-    tokens: int = 12_000_000
-    """Tokens to train on, prompts included."""
+    """Checkpoint to start from, as train.py takes it; None: a fresh tiny model with a fresh tokenizer."""
+    tokens: int | None = None
+    """Tokens to train on, prompts included; None: 12 M or 300,000."""
     batch_tokens: int = 3000
     """Tokens an optimizer step; small batches stay in the cache and are twice as fast on a CPU."""
-    lr: float = 3e-3
-    """Highest learning rate; cosine to 0 after a short warm-up."""
+    lr: float | None = None
+    """Highest learning rate, cosine to 0 after a short warm-up; None: 3e-3 or 1e-5."""
     room: int = 172
-    """Longest response, in tokens, its stop token included."""
+    """Longest response, in tokens, its stop token included: less than the cap of the run that follows."""
     numbers: tuple[int, ...] = (3, 4)
     """How many numbers a problem may have; repeat one to see it more often."""
     max_number: int = 25
@@ -84,6 +85,10 @@ class Options:
     """Held-out problems of the closing evaluation; 0: none."""
     seed: int = 0
     """Seed of weights, problems and traces."""
+
+    def __post_init__(self):
+        self.tokens = self.tokens or (300_000 if self.ckpt else 12_000_000)
+        self.lr = self.lr or (1e-5 if self.ckpt else 3e-3)
 
 
 # --- the tokenizer and the fresh model
@@ -276,7 +281,7 @@ def evaluate(model, tokenizer: Tokenizer, task: CountdownTask, n: int, max_new_t
 
 def report(model, tokenizer: Tokenizer, task: CountdownTask, options: Options) -> None:
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        rates = evaluate(model, tokenizer, task, options.eval_problems, max_new_tokens=192, temperature=temperature)
+        rates = evaluate(model, tokenizer, task, options.eval_problems, options.room + 20, temperature)
         example = rates.pop("example")
         print(f"{name:8}", "  ".join(f"{key} {value:.4f}" for key, value in rates.items()))
         print("        " + example.replace("\n", "\n        "))
@@ -288,8 +293,9 @@ def main(options: Options) -> None:
     task = CountdownTask(numbers=options.numbers, max_number=options.max_number, prompt_style=style, seed=options.seed)
     out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     if options.ckpt:
-        tokenizer = Tokenizer.from_pretrained(options.ckpt)
-        model = Qwen2ForCausalLM.from_pretrained(options.ckpt, dtype=dtype)
+        folder = locate_pretrained(options.ckpt)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
         make_tokenizer(out, tokenizer_texts(task, options.seed))
         tokenizer = Tokenizer.from_pretrained(out)
