@@ -31,7 +31,7 @@ from pretrained import locate_pretrained  # noqa: E402
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-# Speed asks for the shape of a model and not for its training: vocabulary, hidden, feed-forward, layers, heads, kv heads.
+# Speed asks for a model's shape, not for its training: vocabulary, hidden, feed-forward, layers, heads, kv heads.
 SHAPES = {
     "tiny": (2048, 64, 128, 2, 4, 2),
     "0.5b": (151_936, 896, 4864, 24, 14, 2),

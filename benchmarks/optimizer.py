@@ -4,8 +4,8 @@
     python benchmarks/optimizer.py --parameters 494000000 --device cuda
 
 All contenders hold the same weights and gradients and take turns. On the CPU the fair pair is `ours, fp32` and `torch
-fused, fp32`: the same bytes; `ours, bf16` also rounds masters to bf16 weights. On CUDA, `ours` carries gradients down and
-weights up, `copies alone` does only that, from and to the same pinned memory, and `torch fused on the GPU` has its state there.
+fused, fp32`: the same bytes; `ours, bf16` also rounds masters to bf16 weights. On CUDA, `ours` carries gradients down
+and weights up, `copies alone` does only that, over pinned memory, and `torch fused on the GPU` has its state there.
 A step on paper moves budget.optimizer_bytes; the bandwidth is that of reading, measured in the same run.
 """
 
@@ -125,9 +125,8 @@ def main(argv: list[str] | None = None) -> None:
             "ns_per_parameter": s * 1e9 / args.parameters,
             "gb_per_s": gb_per_s,
         }
-    print(
-        f"host memory: reads {results['read_gb_per_s']:.3g} GB/s; {args.parameters:,} parameters in {len(count)} tensors\n"
-    )
+    reads = results["read_gb_per_s"]
+    print(f"host memory: reads {reads:.3g} GB/s; {args.parameters:,} parameters in {len(count)} tensors\n")
     rows = [(name, *r.values()) for name, r in results["contenders"].items()]
     print(common.table(("optimizer step", "ms", "ns a parameter", "GB/s"), rows), "\n")
     common.print_json(args, results)

@@ -6,8 +6,8 @@
 Each side is a process of its own, so that its peak memory is its own; one works while the others wait. `generate` is
 transformers' by itself. Nothing ends an answer early (no side has stop ids), the rewards alternate between 0 and 1, so
 that every token has a gradient, and there is no KL term. Both hold bf16 weights and compute in them (TRL's autocast
-is off, for it would only add casts), without gradient checkpointing. TRL steps with torch's fused AdamW on bf16 weights;
-ours keeps fp32 masters and moments besides. A rollout ends when its rewards are known; the update is the rest of the step.
+is off, for it would only add casts), without gradient checkpointing. TRL steps with torch's fused AdamW on bf16
+weights; ours keeps fp32 masters and moments besides. A rollout ends when its rewards are known; the update is the rest.
 Tokens a second count response tokens. Medians over `--repeats` steps, after one that warms up.
 """
 
@@ -47,7 +47,8 @@ def prompt_texts(args: argparse.Namespace, folder: Path) -> Iterator[list[str]]:
     if args.ckpt:
         texts = [tokenizer.render_chat(p.messages) + p.response_prefix for p in problems]
     else:  # a token a byte; the end of a problem is what differs
-        texts = [("".join(m["content"] for m in p.messages) * 9)[-args.prompt_tokens :] for p in problems]
+        texts = ["".join(m["content"] for m in p.messages) for p in problems]
+        texts = [(text * (1 + args.prompt_tokens // len(text)))[-args.prompt_tokens :] for text in texts]
     for start in range(0, len(texts), args.prompts):
         yield texts[start : start + args.prompts]
 
@@ -207,6 +208,7 @@ def in_lock_step(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
         return found
     finally:
         for process in processes.values():
+            process.join(timeout=5)
             process.terminate()
 
 
