@@ -53,12 +53,12 @@ def train(config: Config) -> int:
     if config.dry_run:
         return dry_run(trainer)
 
-    first = 0
+    first = step = 0
     if resumed:
         state = load_checkpoint(resumed, trainer.optimizer)
         set_random_states(state["random"])
         trainer.load_state_dict(state["trainer"])
-        first = trainer.step_count = state["step"]
+        first = step = trainer.step_count = state["step"]
         rewind(run_dir, first)
 
     stop = StopRequest()
