@@ -59,14 +59,14 @@ def decode_step(
 
 
 def rollout(c: Qwen2Config, prompts: int, group: int, prompt_len: int, new_tokens: int) -> list[Part]:
-    """Prefill of each prompt once, then new_tokens - 1 decode steps; the first token comes out of the prefill."""
+    """Prefill of each prompt once, then new_tokens - 1 decode steps; head and sampling also give the first token."""
     body = sum(size for name, size in matrices(c).items() if name != "head")
     tokens, pairs = prompts * prompt_len, prompts * prompt_len * (prompt_len + 1) / 2
-    prefill = Part("prefill", 2 * body, 2 * tokens * body + _attention_operations(c, pairs))
-    decode = decode_step(c, prompts, group, prompt_len, new_tokens / 2)
-    return [prefill] + [
-        Part(f"decode {p.name}", p.bytes * (new_tokens - 1), p.operations * (new_tokens - 1)) for p in decode
-    ]
+    parts = [Part("prefill", 2 * body, 2 * tokens * body + _attention_operations(c, pairs))]
+    for part in decode_step(c, prompts, group, prompt_len, new_tokens / 2):
+        times = new_tokens if part.name in ("head", "sampling") else new_tokens - 1
+        parts.append(Part(f"decode {part.name}", part.bytes * times, part.operations * times))
+    return parts
 
 
 def update(

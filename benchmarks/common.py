@@ -140,17 +140,19 @@ def peak_gib(device: str = "cpu") -> float:
     return int(kib) / 2**20
 
 
-def read_gb_per_s(device: str = "cpu", mib: int = 512, repeats: int = 5) -> float:
+def read_gb_per_s(device: str = "cpu", repeats: int = 5) -> float:
     """Streaming read bandwidth in 10^9 bytes a second: the best of a sum and a matrix-vector product of one buffer."""
+    mib = 4096 if device.startswith("cuda") else 512  # far beyond any cache, and long beside the launch of a kernel
     buffer = torch.ones(mib * 2**18 // 4096, 4096, device=device)
     vector = torch.ones(4096, device=device)
     ways = [lambda: buffer.sum(), lambda: buffer @ vector]
     return max(buffer.nbytes / seconds(way, device) for way in ways for _ in range(repeats)) / 1e9
 
 
-def gemm_tflops(config: Qwen2Config, device: str, dtype: torch.dtype, rows: int = 2048, repeats: int = 5) -> float:
+def gemm_tflops(config: Qwen2Config, device: str, dtype: torch.dtype, repeats: int = 5) -> float:
     """Rate of the feed-forward's products with many rows, 10^12 operations a second (an addition is one, too)."""
     D, F = config.hidden_size, config.intermediate_size
+    rows = 65536 if device.startswith("cuda") else 2048
     rates = []
     for wide, narrow in [(D, F), (F, D)]:
         x, w = (torch.randn(n, wide, device=device, dtype=dtype) for n in (rows, narrow))
