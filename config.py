@@ -85,6 +85,8 @@ class Config:
     """Script that the thought is to keep to: latin, greek, cyrillic, hebrew, arabic, devanagari, thai, chinese, ..."""
     repetition_weight: float = 0.0
     """Weight of the repetition penalty on the thought; 0: not judged."""
+    arithmetic_weight: float = 0.0
+    """What a thought with a false sum in it, such as 3 + 5 = 9, costs; 0: not judged."""
     reward_preset: Literal["none", "lineage", "correct-format-language"] = "none"
     """A known set of weights, in place of the ones above: 1.0 + 0.1 format, or 1.0 + 0.25 format + 0.10 language."""
     overlong_buffer: int = 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 
 from data_types import Problem
+from expressions import false_sums
 
 THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "</think>", "<answer>", "</answer>"
 THINK_CREDIT, ANSWER_CREDIT = 0.1, 0.5  # the lineage's partial credit for a pair of tags
@@ -106,6 +107,15 @@ def repetition_penalty(text: str, n: int = 3) -> float:
     words = text[:MAX_JUDGED_CHARS].lower().split()
     ngrams = list(zip(*(words[i:] for i in range(n))))
     return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0
+
+
+def arithmetic_penalty(thought: str) -> float:
+    """-1 where the thought holds a false sum, `3 + 5 = 9`, else 0.
+
+    Not the share of false ones: a longer thought would then make each of them cheaper.
+    """
+    wrong, _ = false_sums(thought)
+    return -1.0 if wrong else 0.0
 
 
 def soft_overlong_penalty(length: int, max_length: int, cache_length: int) -> float:

@@ -26,6 +26,7 @@ from expressions import false_sums, plain_number
 from rewards import (
     SCRIPTS,
     answer_block,
+    arithmetic_penalty,
     format_reward,
     language_consistency,
     repetition_penalty,
@@ -59,6 +60,7 @@ class Task:
     language_weight: float = 0.0  # 0: not judged. Share of the thought's letters in the script `language`
     language: str = "latin"
     repetition_weight: float = 0.0  # 0: not judged. Minus the share of repeated phrases in the thought
+    arithmetic_weight: float = 0.0  # 0: not judged. Minus 1 for a thought that holds a false sum
     prompt_style: str = "full"  # "full": system message and instructions; "short": the bare question, for tiny models
 
     def __post_init__(self):
@@ -104,7 +106,8 @@ class Task:
         return float(self.is_correct(problem, answer))
 
     def reward(self, problem: Problem, response: str) -> Reward:
-        """Sum of weight * part: format and answer in [0, 1], and where they have a weight language and repetition.
+        """Sum of weight * part: format and answer in [0, 1], and where they have a weight language, repetition and
+        arithmetic.
 
         `response` is the text after the prompt. Rewards see no token counts: the soft overlong penalty is the hall's.
         """
@@ -118,13 +121,16 @@ class Task:
         if self.repetition_weight:
             parts["repetition"] = repetition_penalty(think_block(text))
             weights["repetition"] = self.repetition_weight
+        if self.arithmetic_weight:
+            parts["arithmetic"] = arithmetic_penalty(think_block(text))
+            weights["arithmetic"] = self.arithmetic_weight
         return Reward(sum(weights[name] * part for name, part in parts.items()), parts)
 
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
-        """What is worth averaging beside the reward and is never paid for.
+        """What is worth averaging beside the reward.
 
         solved: 1.0 for a right answer. sums: equalities written in the thought. false_sums: the share of them that is
-        wrong (0.0 where there are none): a policy that is paid for answers only may learn to write false sums.
+        wrong (0.0 where there are none): a policy that is paid for answers only learns to write false sums.
         """
         wrong, total = false_sums(think_block(whole_text(problem, response)))
         solved = float(self.reward(problem, response).parts.get("answer", 0.0) == 1.0)

@@ -25,9 +25,10 @@ from common import ROOT, hardware
 RUNS = ROOT / "runs" / "compare"
 RESULTS = ROOT / "docs" / "results"
 # Two updates a rollout: with one, every ratio is 1, nothing is clipped, and most losses have one and the same gradient.
-TWICE = "--steps 40 --updates-per-rollout 2 --eval-every 10"
-ONCE = "--steps 75 --eval-every 25"
-FOUR = "--steps 25 --updates-per-rollout 4 --eval-every 5"
+UNJUDGED = "--arithmetic-weight 0"  # false sums cost nothing, unless that is what is compared
+TWICE = f"{UNJUDGED} --steps 40 --updates-per-rollout 2 --eval-every 10"
+ONCE = f"{UNJUDGED} --steps 75 --eval-every 25"
+FOUR = f"{UNJUDGED} --steps 25 --updates-per-rollout 4 --eval-every 5"
 SWEEPS: dict[str, dict[str, str]] = {
     "losses": {
         "dapo": f"{TWICE} --loss-type dapo",
@@ -53,6 +54,11 @@ SWEEPS: dict[str, dict[str, str]] = {
         "advantage / group's deviation": f"{ONCE} --advantage-scale group",
         "advantage / batch's deviation": f"{ONCE} --advantage-scale batch",
         "advantage as it is": f"{ONCE} --advantage-scale none",
+    },
+    "honesty": {
+        "false sums cost nothing": ONCE,
+        "a thought with one costs 0.1": "--steps 75 --eval-every 25 --arithmetic-weight 0.1",
+        "a thought with one costs 0.3": "--steps 75 --eval-every 25 --arithmetic-weight 0.3",
     },
     "clipping": {
         "4 updates, clipped": FOUR,
@@ -137,7 +143,7 @@ def draw(runs: dict[str, dict[int, list[dict]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {"held-out problems solved, sampled": "eval_solved", "held-out problems solved, greedy":
-              "eval_greedy_solved", "reward": "reward", "entropy (nats)": "entropy",
+              "eval_greedy_solved", "share of false sums, held out": "eval_false_sums", "entropy (nats)": "entropy",
               "tokens an answer": "completions/mean_length", "share of tokens clipped": "clipped"}  # fmt: skip
     figure, axes = plt.subplots(2, 3, figsize=(11.5, 6), constrained_layout=True)
     for axis, (title, name) in zip(axes.flat, panels.items()):

@@ -8,7 +8,7 @@ transformers' by itself. Nothing ends an answer early (no side has stop ids), th
 that every token has a gradient, and there is no KL term. Both hold bf16 weights and compute in them (TRL's autocast
 is off, for it would only add casts), without gradient checkpointing. TRL steps with torch's fused AdamW on bf16
 weights; ours keeps fp32 masters and moments besides. A rollout ends when its rewards are known; the update is the rest.
-Tokens a second count response tokens. Medians over `--repeats` steps, after one that warms up.
+Tokens a second count response tokens. Medians over `--repeats` steps, after `--warmup` that are not counted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Timing = dict[str, float]
 def prompt_texts(args: argparse.Namespace, folder: Path) -> Iterator[list[str]]:
     """The prompts of each step, the warm-up included: Countdown's, and for random weights cut to --prompt-tokens."""
     tokenizer, task = Tokenizer.from_pretrained(folder), CountdownTask(seed=args.seed)
-    problems = task.problems("train", (args.repeats + 1) * args.prompts)
+    problems = task.problems("train", (args.warmup + args.repeats) * args.prompts)
     if args.ckpt:
         texts = [tokenizer.render_chat(p.messages) + p.response_prefix for p in problems]
     else:  # a token a byte; the end of a problem is what differs
@@ -99,7 +99,7 @@ def trl(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu", bf16=False, gradient_checkpointing=False,
         per_device_train_batch_size=args.trl_batch, gradient_accumulation_steps=rows // args.trl_batch,
-        num_generations=args.group_size, max_completion_length=args.new_tokens, max_steps=args.repeats + 1,
+        num_generations=args.group_size, max_completion_length=args.new_tokens, max_steps=args.warmup + args.repeats,
         learning_rate=LR, lr_scheduler_type="constant", beta=0.0, loss_type="dapo", temperature=1.0, top_k=0,
         top_p=1.0, max_grad_norm=1.0, optim="adamw_torch_fused", shuffle_dataset=False, use_vllm=False, seed=args.seed,
         report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
@@ -198,13 +198,13 @@ def in_lock_step(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
             theirs.close()  # ours alone: its end is then seen when the process dies
             _receive(pipes, name)
         found = {name: {"steps": [], "peak_gib": 0.0} for name in args.sides}
-        for _ in range(args.repeats + 1):
+        for _ in range(args.warmup + args.repeats):
             for name in args.sides:
                 pipes[name].send("go")
                 found[name]["steps"].append(_receive(pipes, name))
         for name in args.sides:
             found[name]["peak_gib"] = _receive(pipes, name)
-            found[name]["steps"] = found[name]["steps"][1:]  # without the warm-up
+            found[name]["steps"] = found[name]["steps"][args.warmup :]
         return found
     finally:
         for process in processes.values():
@@ -266,7 +266,11 @@ def main(argv: list[str] | None = None) -> None:
         "--prompt-tokens", type=int, default=134, help="of the random model; a checkpoint's are what Countdown gives"
     )
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each side, after one that warms up")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each side, after the warm-up")
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="steps that are not counted (default: %(default)s); until then a process "
+        "asks the system for fresh memory, which can take half the time of a step",
+    )  # fmt: skip
     parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="ours (default: %(default)s)")
     parser.add_argument("--trl-batch", type=int, default=8, help="answers in TRL's micro-batch (default: %(default)s)")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)

@@ -85,6 +85,23 @@ def test_repetition_weight_costs_repeated_thoughts():
     assert again.total == pytest.approx(1.1 - 0.5 * 47 / 48)
 
 
+@pytest.mark.parametrize(
+    ("thought", "part"),
+    [("3+5=8, 8+5=13", 0.0), ("", 0.0), ("3+5=9", -1.0), ("3+5=8 then 8+5=14", -1.0), ("1+1=3 " * 20, -1.0)],
+)
+def test_arithmetic_weight_costs_a_thought_with_a_false_sum_once(thought, part):
+    task = CountdownTask(arithmetic_weight=0.2)
+    reward = task.reward(task.problem([3, 5, 2], 13), thought + "</think><answer>3+5*2</answer>")
+    assert reward.parts["arithmetic"] == part
+    assert reward.total == pytest.approx(1.1 + 0.2 * part)
+
+
+def test_a_false_sum_in_the_answer_is_not_the_thought():
+    task = CountdownTask(arithmetic_weight=0.2)
+    reward = task.reward(task.problem([3, 5, 2], 13), "3+5=8</think><answer>3+5=9</answer>")
+    assert reward.parts["arithmetic"] == 0.0
+
+
 def test_parts_without_weight_are_left_out():
     task = CountdownTask()
     assert set(task.reward(task.train_problem(0), "x").parts) == {"format", "answer"}
