@@ -96,12 +96,14 @@ class Layout:
 class EagerAttention:
     """Attention as in the paper (Vaswani et al. 2017, eq. 1), fp32 softmax, quadratic memory.
 
-    With `record=True` the weights of each layer are kept in `weights[layer]`, [H, N, N].
+    With `record=True` the weights of each layer are kept in `weights[layer]`, [H, N, N]. What stands in `on_weights`
+    is applied to them first (trace.py).
     """
 
     def __init__(self, mask: Tensor, record: bool = False):
         self.mask, self.record = mask, record
         self.weights: dict[int, Tensor] = {}
+        self.on_weights: list[Callable[[Tensor], Tensor]] = []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.shape[1] // k.shape[1]
@@ -109,6 +111,8 @@ class EagerAttention:
         scores = torch.einsum("ihk,jhk->hij", q.float(), k.float()) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~self.mask, -torch.inf).softmax(dim=-1)
         weights = weights.masked_fill(~self.mask.any(dim=-1, keepdim=True), 0.0)  # a row that sees nothing: 0, not NaN
+        for look in self.on_weights:
+            weights = look(weights)
         if self.record:
             self.weights[layer] = weights.detach()
         return torch.einsum("hij,jhk->ihk", weights, v.float()).to(q.dtype)
