@@ -1,0 +1,90 @@
+"""What the site needs beyond Markdown: formulas as MathML, and references to code that lead to the code.
+
+mkdocs calls the functions `on_*` while it builds (mkdocs.yml, `hooks`).
+
+- `$...$` and `$$...$$` become MathML here, which browsers draw themselves: no script, no font, no request.
+- `losses.py:policy_loss` in backticks becomes a link to that line of a copy of the file inside the site. A name that is
+  not there fails the build: `find_line` raises, and tests/test_docs.py asks it about every page.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from functools import cache
+from pathlib import Path
+
+import latex2mathml.converter
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = re.compile(r"<code>((?:\w+/)*\w+\.py)(?::([\w.]+))?</code>")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+@cache
+def definitions(file: str) -> dict[str, int]:
+    """Name -> line of everything a file defines: functions, classes, `Class.method`, assigned names and fields.
+
+    Raises FileNotFoundError where there is no such file in the repository.
+    """
+    lines: dict[str, int] = {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                lines.setdefault(prefix + node.name, node.lineno)
+                visit(node.body if isinstance(node, ast.ClassDef) else [], f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for name in (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)):
+                    lines.setdefault(prefix + name.id, node.lineno)
+
+    visit(ast.parse((ROOT / file).read_text(encoding="utf-8")).body, "")
+    return lines
+
+
+def find_line(file: str, name: str | None) -> int:
+    """The line where `file` defines `name` (a function, class, `Class.method`, constant or field); None: line 1.
+
+    Raises ValueError where it does not, FileNotFoundError where there is no such file.
+    """
+    known = definitions(file)
+    if name is not None and name not in known:
+        raise ValueError(f"{file} defines no {name!r}: has it been renamed? It has {', '.join(known)}")
+    return 1 if name is None else known[name]
+
+
+def on_files(files, config):
+    """Add a page for every Python file of the repository that a page may refer to."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]
+    for source in sorted(sources):
+        name = source.relative_to(ROOT).as_posix()
+        text = source.read_text(encoding="utf-8")
+        meta = "---\nsearch:\n  exclude: true\nhide: [toc]\n---"
+        page = f"{meta}\n\n# {name}\n\n~~~~ {{ .python linenums=1 }}\n{text}\n~~~~\n"
+        files.append(File.generated(config, f"source/{name}.md", content=page))
+    return files
+
+
+def on_page_content(content: str, page, config, files) -> str:
+    """Formulas to MathML; references to code to links."""
+    if page.file.src_uri.startswith("source/"):
+        return content
+    up = "../" * page.file.src_uri.count("/")
+
+    def link(match: re.Match) -> str:
+        file, name = match.groups()
+        if not (ROOT / file).is_file() or file.startswith(("tests/", "exercises/")):
+            return match.group()
+        line = find_line(file, name)
+        return f'<a class="code" href="{up}source/{file}.html#__codelineno-0-{line}">{match.group()}</a>'
+
+    return FORMULA.sub(_mathml, REFERENCE.sub(link, content))
+
+
+def _mathml(match: re.Match) -> str:
+    display = "block" if match.group(1) == "div" else "inline"
+    formula = latex2mathml.converter.convert(html.unescape(match.group(2)).strip(), display=display)
+    return f'<div class="formula">{formula}</div>' if display == "block" else formula
