@@ -1,0 +1,237 @@
+"""The documentation is true: its code runs and prints what it says, its commands parse, what it refers to is there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import losses
+from config import CONFIGS, Config, parse_args, save_yaml
+from math_task import write_math_tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(
+    r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+NOT_RUN: dict[str, int] = {}  # page -> how many Python blocks say <!-- not run: reason --> in the line before
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+# What a page takes for granted before its first block.
+BEFORE = {
+    "README.md": """
+from config import load_config, preset_for
+from data_types import MiniBatch
+from generation import SamplingParams
+from grpo import GRPO, compute_advantages, rollout, update_policy
+small = GRPO()
+model, tokenizer, task, optimizer = small.model, small.tokenizer, small.task, small.optimizer
+batch = MiniBatch.from_problems(task.problems("train", 2), tokenizer)
+sampling = SamplingParams(n=4, max_new_tokens=24)
+""",
+}
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def fences(page: Path) -> list[re.Match]:
+    return list(FENCE.finditer(page.read_text(encoding="utf-8")))
+
+
+def pages_with(kind: str) -> list[Path]:
+    return [page for page in PAGES if any(fence["kind"] == kind for fence in fences(page))]
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# -------------------------------------------------------------------------------------------------------- Python blocks
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name)
+def test_every_python_block_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
+    """A page is one namespace, top to bottom; a block of text behind a block of Python is what that one prints."""
+    monkeypatch.chdir(tmp_path)
+    write_math_tasks("math_tasks.jsonl", n=2)
+    space: dict = {"__name__": "page"}
+    exec(BEFORE.get(name(page), ""), space)
+    torch.manual_seed(0)
+    printed = None
+    for fence in fences(page):
+        if fence["kind"] == "text" and printed is not None:
+            assert_same_output(printed, fence["text"], name(page))
+        printed = None
+        if fence["kind"] == "python" and not fence["mark"]:
+            line = page.read_text(encoding="utf-8")[: fence.start("text")].count("\n")
+            code = compile("\n" * line + fence["text"], str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, space)
+            printed = out.getvalue()
+
+
+def assert_same_output(printed: str, written: str, where: str) -> None:
+    """Equal words, and numbers equal up to rounding, which differs from processor to processor."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", written).split(), f"{where}: it prints\n{printed}"
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(written), strict=True)
+    for found, wanted in pairs:
+        assert float(found) == pytest.approx(float(wanted), rel=0.02, abs=2e-3), f"{where}: it prints\n{printed}"
+
+
+def test_what_is_not_run_is_counted():
+    found = {name(p): sum(f["kind"] == "python" and bool(f["mark"]) for f in fences(p)) for p in PAGES}
+    assert {page: count for page, count in found.items() if count} == NOT_RUN
+
+
+def test_the_readme_has_both_of_its_python_blocks_and_the_pages_theirs():
+    """The pattern that finds blocks finds every fence: none is skipped because it is written in another way."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```python") == sum(f["kind"] == "python" for f in fences(page)), page
+        assert text.count("```") == 2 * len(fences(page)), page
+
+
+# ------------------------------------------------------------------------------------------------- commands, references
+
+
+def commands(page: Path) -> list[str]:
+    """Every `python FILE.py ...` of a page: lines of shell blocks, indented lines, and code in a sentence."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```python\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"(?:^|[`&] ?|\s{4})(python [\w/]+\.py[^`\n&|]*)", text, re.MULTILINE)
+    return [command.split("#")[0].strip() for command in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_of_a_page_can_be_given(page, tmp_path, monkeypatch):
+    """The programs are there, and options of train.py are read by the parser that reads the real ones."""
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    run = tmp_path / "runs" / "some" / "checkpoints" / "latest"
+    run.mkdir(parents=True)
+    save_yaml(Config(), tmp_path / "runs" / "some" / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        _, file, *options = shlex.split(command.replace("...", ""))
+        assert (ROOT / file).is_file(), command
+        if file == "train.py" and "--help" not in options:
+            parse_args(options)
+
+
+def test_commands_are_found():
+    found = [command for page in PAGES for command in commands(page)]
+    assert "python train.py --ckpt Qwen2.5-0.5B-Instruct" in found
+    assert "python train.py --resume" in found
+    assert len(found) > 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_reference_to_code_leads_to_it(page):
+    """`losses.py:policy_loss` names something that losses.py defines."""
+    find_line = hooks().find_line
+    for file, symbol in re.findall(r"`((?:\w+/)*\w+\.py):([\w.]+)`", page.read_text(encoding="utf-8")):
+        assert find_line(file, symbol) > 0
+
+
+def test_a_reference_to_nothing_is_an_error():
+    find_line = hooks().find_line
+    source = (ROOT / "losses.py").read_text(encoding="utf-8").splitlines()
+    assert source[find_line("losses.py", "policy_loss") - 1].startswith("def policy_loss(")
+    assert "def forward" in source[find_line("losses.py", "_TokenLogprobs.forward") - 1]
+    assert "delta" in source[find_line("losses.py", "PolicyInputs.delta") - 1]
+    with pytest.raises(ValueError, match=r"losses\.py defines no 'policy_los'"):
+        find_line("losses.py", "policy_los")
+
+
+# ------------------------------------------------------------------------------------------- the table of docs/kl.md
+
+
+def expectation_gradient(logits, sampler, term, where: str):
+    """Gradient in `logits` [V] of a penalty, averaged over tokens drawn from `sampler` [V]: a finite sum over V.
+
+    `loss`: the term is differentiated at fixed tokens. `reward`: it is a number that multiplies grad log pi.
+    """
+    logp = logits.log_softmax(-1)
+    value = (sampler * (term(logp) if where == "loss" else term(logp).detach() * logp)).sum()
+    return torch.autograd.grad(value, logits)[0]
+
+
+def gradient_of(f, logits):
+    return torch.autograd.grad(f(logits.log_softmax(-1)), logits)[0]
+
+
+def kl(p, q):
+    return (p.exp() * (p - q)).sum()
+
+
+def test_the_gradient_column_of_the_divergence_table():
+    """CHECKLIST: docs/kl.md, row by row; every expectation over six tokens is exact, and autograd is the project's."""
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, generator=draw, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(6, generator=draw, dtype=torch.float64).log_softmax(-1)  # the reference, or the rollout policy
+    policy = logits.detach().log_softmax(-1)
+    forward, backward = gradient_of(lambda p: kl(p, other), logits), gradient_of(lambda p: kl(other, p), logits)
+    assert (forward - backward).abs().max() > 0.05  # else no row below could tell them apart
+
+    def penalty(estimator, **options):
+        return lambda logp: losses.kl_penalty(logp, other, estimator, **options)
+
+    def on_policy(estimator, where):
+        return expectation_gradient(logits, policy.exp(), penalty(estimator), where)
+
+    d = other - policy
+    second_order = gradient_of(lambda p: (policy.exp() * d.square() / 2 * p).sum(), logits)
+    same = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(on_policy("k1", "loss"), torch.zeros(6, dtype=torch.float64), **same)
+    torch.testing.assert_close(on_policy("k2", "loss"), forward, **same)
+    torch.testing.assert_close(on_policy("k3", "loss"), backward, **same)
+    torch.testing.assert_close(on_policy("k1", "reward"), forward, **same)
+    torch.testing.assert_close(on_policy("k2", "reward"), second_order, **same)
+    torch.testing.assert_close(on_policy("k3", "reward"), forward - backward, **same)
+
+    # kl and approx_kl: the other policy is the rollout's, and the tokens are its own.
+    target = float(d[d > 0].median())
+    pulled = other.exp() * (d > target)
+    assert 0 < (d > target).sum() < (d > 0).sum()
+    kl_loss = expectation_gradient(logits, other.exp(), penalty("kl", kl_target=target), "loss")
+    torch.testing.assert_close(kl_loss, gradient_of(lambda p: -(pulled * p).sum(), logits), **same)
+    approx = expectation_gradient(logits, other.exp(), penalty("approx_kl"), "loss")
+    wanted = gradient_of(lambda p: ((2 * other - p).exp().sum() - 1) - kl(other, p), logits)
+    torch.testing.assert_close(approx, wanted, **same)
+
+
+def test_near_the_reference_k3_in_the_reward_pulls_hardly_at_all():
+    """docs/kl.md: its gradient vanishes to first order, that of k1 does not."""
+    draw = torch.Generator().manual_seed(3)
+    start, direction = (torch.randn(6, generator=draw, dtype=torch.float64) for _ in range(2))
+    pull = {}
+    for step in (1e-2, 1e-3):
+        logits = (start + step * direction).requires_grad_()
+        sampler, other = logits.detach().softmax(-1), start.log_softmax(-1)
+        for name_ in ("k1", "k3"):
+            gradient = expectation_gradient(logits, sampler, lambda p: losses.kl_penalty(p, other, name_), "reward")  # noqa: B023
+            pull[name_, step] = gradient.norm()
+    assert pull["k1", 1e-2] / pull["k1", 1e-3] == pytest.approx(10, rel=0.1)
+    assert pull["k3", 1e-2] / pull["k3", 1e-3] == pytest.approx(100, rel=0.1)
+
+
+def test_transport_reaches_the_hidden_states_and_not_the_head():
+    """The last row: its gradient is that of the cost in the new policy's hidden states, and of nothing else."""
+    draw = torch.Generator().manual_seed(1)
+    new, old = (torch.randn(5, 4, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(lambda h: losses.transport_cost(h, old.detach(), window=2), (new,))
+    losses.transport_cost(new, old, window=2).backward()
+    assert new.grad.abs().max() > 0
+    assert old.grad is None
