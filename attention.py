@@ -11,7 +11,7 @@ which earlier rows (the shared prompt of a GRPO group) stand before it; position
     PackedAttention    training: causal sequences, each behind its (shared) prefix, without padding
     PrefillAttention   the same over prompts, and keeps their keys and values
     KVCache.attend     textbook decoding: every row owns its keys and values; chunks of any size
-    GroupCache.attend  the fast one: a group reads its prompt's keys once, and all rows decode in lockstep
+    GroupCache.attend  rollouts (group_cache.py): a group reads its prompt's keys once
 
 Departure from the textbook: a response never meets a mask. Its attention over the prompt (everything visible) and over
 itself (causal) are computed apart and merged by their log-sum-exp, which is exact (flash_cpu.py).
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_cpu import attend_lse, flash_attention, merge_attention, prefix_spans, rectangles
+from flash_cpu import flash_attention, prefix_spans, rectangles
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -255,71 +255,3 @@ class KVCache:
         mask = torch.arange(self.size, device=q.device) <= at[:, None, :, None]  # [B, 1, T, S]
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return o.transpose(1, 2).flatten(0, 1)  # [B, H, T, K] -> [B * T, H, K]
-
-
-class GroupCache:
-    """The cache of rollouts: a prompt's keys and values once a group, each row's own ones beside them.
-
-    All rows are in lockstep (`length` own tokens each), one new token a call. Attention over the prompt is one
-    matrix product for the whole group, which reads the prompt's keys once instead of once a row.
-    """
-
-    def __init__(self, prefill: PrefillAttention, copies: int, room: int):
-        k = prefill.keys[0]
-        size, device = max(prefill.lengths), k.device
-        self.prompt_k, self.prompt_v = prefill.padded(prefill.keys, size), prefill.padded(prefill.values, size)
-        self.prompt_lengths = torch.tensor(prefill.lengths, device=device)
-        shape = (len(prefill.keys), copies * len(prefill.lengths), k.shape[1], room, k.shape[2])
-        self.k, self.v = (
-            torch.zeros(shape, dtype=k.dtype, device=device),
-            torch.zeros(shape, dtype=k.dtype, device=device),
-        )
-        self.length = 0
-        self.prompt_of_row = torch.arange(len(prefill.lengths), device=device).repeat_interleave(copies)
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        """Rows find their place in a rectangle [prompts, slots]; an empty slot repeats row 0 and is thrown away."""
-        counts = torch.bincount(self.prompt_of_row, minlength=len(self.prompt_lengths))
-        slots = int(counts.max())
-        column = (
-            torch.arange(len(self.prompt_of_row), device=counts.device)
-            - (counts.cumsum(0) - counts)[self.prompt_of_row]
-        )
-        self.slot_of_row = self.prompt_of_row * slots + column
-        self.row_of_slot = torch.zeros(len(counts) * slots, dtype=torch.long, device=counts.device)
-        self.row_of_slot[self.slot_of_row] = torch.arange(len(column), device=counts.device)
-        hidden = torch.arange(self.prompt_k.shape[3], device=counts.device) >= self.prompt_lengths[:, None]
-        self.prompt_mask = None  # additive, [prompts, 1, 1, P]; None where no prompt is padded
-        if hidden.any():
-            zeros = torch.zeros(hidden.shape, dtype=self.k.dtype, device=hidden.device)
-            self.prompt_mask = zeros.masked_fill(hidden, -torch.inf)[:, None, None]
-
-    def positions(self) -> Tensor:
-        return (self.prompt_lengths[self.prompt_of_row] + self.length)[:, None]  # [N, 1]
-
-    def advance(self) -> None:
-        self.length += 1
-
-    def keep(self, rows: Tensor) -> None:
-        """Let finished rows leave the batch, and prompts that have none left."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
-        if len(prompts) < len(self.prompt_lengths):
-            self.prompt_k, self.prompt_v = self.prompt_k[:, prompts], self.prompt_v[:, prompts]
-            self.prompt_lengths = self.prompt_lengths[prompts]
-        self._lay_out()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[N, H, K], one token a row."""
-        n_kv, stop = k.shape[1], self.length + 1
-        self.k[layer, :, :, self.length], self.v[layer, :, :, self.length] = k, v
-        q = q.unflatten(1, (n_kv, -1))  # [N, G, R, K]: heads that share a key head are queries of it
-        own = attend_lse(q, self.k[layer, :, :, :stop], self.v[layer, :, :, :stop])
-        q = (
-            q[self.row_of_slot].unflatten(0, (len(self.prompt_lengths), -1)).transpose(1, 2)
-        )  # [prompts, G, slots, R, K]
-        slots = q.shape[2]
-        shared = attend_lse(q.flatten(2, 3), self.prompt_k[layer], self.prompt_v[layer], self.prompt_mask)
-        shared = [x.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)[self.slot_of_row] for x in shared]
-        return merge_attention(*own, *shared)[0].flatten(1, 2).to(k.dtype)

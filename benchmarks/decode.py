@@ -21,7 +21,7 @@ import budget
 import common
 import torch
 
-import generation
+import decoding
 from generation import SamplingParams, generate
 from pretrained import load_pretrained
 
@@ -84,12 +84,12 @@ def seconds_by_part(model, device: str, run) -> dict[str, float]:
         if part is not None:
             handles.append(module.register_forward_pre_hook(lambda m, args: clock.start(m)))
             handles.append(module.register_forward_hook(lambda m, args, out, part=part: clock.stop(m, part)))
-    sample, logits = generation.sample, model.logits
-    model.logits, generation.sample = clock.around(logits, "head"), clock.around(sample, "sampling", switch_on=True)
+    sample, logits = decoding.sample, model.logits
+    model.logits, decoding.sample = clock.around(logits, "head"), clock.around(sample, "sampling", switch_on=True)
     try:
         run()
     finally:
-        generation.sample = sample
+        decoding.sample = sample
         del model.logits  # the instance's; the class has its own
         for handle in handles:
             handle.remove()

@@ -10,7 +10,6 @@ from conftest import make_config, make_model
 
 from attention import (
     EagerAttention,
-    GroupCache,
     KVCache,
     Layout,
     PackedAttention,
@@ -18,9 +17,9 @@ from attention import (
     Run,
     _varlen_index,
     attend_each_run,
-    attend_lse,
-    merge_attention,
 )
+from flash_cpu import attend_lse, merge_attention
+from group_cache import GroupCache
 
 H, G, K = 4, 2, 8
 LAYOUTS = {
@@ -310,53 +309,87 @@ def test_an_empty_cache_takes_the_whole_text_through_attend(chunk):
         torch.testing.assert_close(mine, expected, atol=2e-5, rtol=0)
 
 
+def group_cache(model, filled: PrefillAttention, copies: int, room: int, width: int | None = None) -> GroupCache:
+    """A cache whose groups are `copies` rows of each prompt."""
+    n = len(filled.lengths)
+    cache = GroupCache(model.config, n * copies, n, max(filled.lengths), room, width, dtype=model.dtype)
+    cache.arrange([-1] * n * copies, [group for group in range(n) for _ in range(copies)], [-1] * n)
+    cache.fill(range(n), filled, range(n))
+    return cache
+
+
+def step(cache: GroupCache, model, ids: torch.Tensor) -> torch.Tensor:
+    hidden = model.hidden_states(ids, cache.begin(), cache.attend)
+    cache.advance()
+    return hidden
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [4, 5, 6]]], ids=["ragged", "equal"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("kv_heads", "lockstep"), [(1, False), (2, True), (2, False), (4, True)])
 @torch.no_grad()
-def test_group_cache_equals_kv_cache_while_rows_leave(prompts, kv_heads, dtype):
+def test_group_cache_equals_kv_cache_while_rows_leave(prompts, kv_heads, lockstep, dtype):
     """CHECKLIST 27. Rows leave from the middle, a whole group leaves, and the last row goes on alone."""
     model = make_model(make_config(num_key_value_heads=kv_heads)).to(dtype)
     filled, n = prefill(model, prompts), len(prompts)
-    group, plain = GroupCache(filled, copies=3, room=12), KVCache.from_prefill(filled, copies=3, room=12)
+    group, plain = group_cache(model, filled, 3, 12), KVCache.from_prefill(filled, copies=3, room=12)
     rows, new = torch.arange(3 * n), random_tokens(3 * n, 12)
     leaving = {2: [1, 4], 5: [3, 5], 8: [0]}
     tolerance = 2e-5 if dtype == torch.float32 else 0.15
+    group.lockstep = lockstep
     for t in range(12):
         if t in leaving:
             keep = torch.tensor([i for i, row in enumerate(rows.tolist()) if row not in leaving[t]])
+            groups = sorted({int(row) // 3 for row in rows})
             rows = rows[keep]
-            group.keep(keep)
+            left = sorted({int(row) // 3 for row in rows})
+            group.arrange(
+                keep.tolist(), [left.index(int(row) // 3) for row in rows], [groups.index(prompt) for prompt in left]
+            )
             plain.keep(keep)
-        assert torch.equal(group.positions(), plain.positions())
-        a, b = (
-            model.hidden_states(new[rows, t], cache.positions().flatten(), cache.attend) for cache in (group, plain)
-        )
+        group.reach = t + 1 if lockstep else 12
+        assert torch.equal(group.begin(), plain.positions().flatten())
+        a = step(group, model, new[rows, t])
+        b = model.hidden_states(new[rows, t], plain.positions().flatten(), plain.attend)
+        plain.advance()
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0.05 if dtype == torch.bfloat16 else 0)
-        group.advance()
-        plain.advance()
-    assert len(group.prompt_lengths) == n - 1  # the second prompt left with its last row
+    assert group.n_groups == n - 1  # the second prompt left with its last row
     assert len(rows) == 3 * n - 5
 
 
+@pytest.mark.parametrize("width", [None, 1])
 @torch.no_grad()
-def test_group_cache_reads_nothing_behind_a_short_prompt():
+def test_group_cache_reads_nothing_behind_a_short_prompt(width):
     """CHECKLIST 27. Garbage in the padding of prompts and in the room for new tokens is never seen."""
     model, new = make_model(), random_tokens(3, 4)
-    cache = GroupCache(prefill(model, PROMPTS), copies=1, room=4)
+    cache = group_cache(model, prefill(model, PROMPTS), copies=1, room=4, width=width)
     padding = torch.arange(5) >= cache.prompt_lengths[:, None, None]  # [prompts, 1, P]
     cache.prompt_k.masked_fill_(padding[..., None], 1e3)
     cache.prompt_v.masked_fill_(padding[..., None], 1e3)
     cache.k.fill_(1e3)
     cache.v.fill_(1e3)
-    parts = []
-    for t in range(4):
-        parts.append(model.hidden_states(new[:, t], cache.positions().flatten(), cache.attend))
-        cache.advance()
+    parts = [step(cache, model, new[:, t]) for t in range(4)]
     texts = [prompt + new[row].tolist() for row, prompt in enumerate(PROMPTS)]
     for row, (prompt, expected) in enumerate(zip(PROMPTS, full_hidden(model, texts), strict=True)):
         torch.testing.assert_close(torch.stack(parts, dim=1)[row], expected[len(prompt) :], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_that_is_handed_on_reads_nothing_of_what_it_held():
+    """CHECKLIST 27. Rows of unequal age, out of order; a new prompt takes the place of one that has left."""
+    model, new = make_model(), random_tokens(3, 6)
+    cache = group_cache(model, prefill(model, PROMPTS), copies=1, room=6)
+    for t in range(3):
+        old = step(cache, model, new[:, t])
+    cache.arrange([2, -1, 0], [0, 1, 2], [2, -1, 0])  # the second prompt leaves, first and last change places
+    cache.fill([1], prefill(model, [[9, 8, 7, 6]]), [0])
+    for t in range(3, 6):
+        last = step(cache, model, torch.stack([new[2, t], new[1, t - 3], new[0, t]]))
+    assert old.isfinite().all()
+    texts = [PROMPTS[2] + new[2].tolist(), [9, 8, 7, 6, *new[1, :3].tolist()], PROMPTS[0] + new[0].tolist()]
+    expected = torch.stack([hidden[-1] for hidden in full_hidden(model, texts)])
+    torch.testing.assert_close(last, expected, atol=2e-5, rtol=0)
 
 
 @torch.no_grad()

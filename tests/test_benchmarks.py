@@ -47,10 +47,10 @@ def test_the_last_line_is_json_with_the_hardware_and_the_commit(name, capsys):
 def test_a_decode_step_leaves_no_hooks_behind():
     decode, common = load("decode"), load("common")
     model = common.Qwen2ForCausalLM.from_config(common.shape_config("tiny"))
-    sample = decode.generation.sample
+    sample = decode.decoding.sample
     with pytest.raises(ZeroDivisionError):
         decode.seconds_by_part(model, "cpu", lambda: 1 / 0)
-    assert decode.generation.sample is sample
+    assert decode.decoding.sample is sample
     assert "logits" not in vars(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

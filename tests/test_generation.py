@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import make_config, make_model, write_tokenizer
 
+import decoding
 import generation
-from generation import SamplingParams, filter_weights, generate, inverse_cdf, sample
+from generation import generate
 from linear import Linear, can_pack
+from sampling import SamplingParams, filter_weights, inverse_cdf, sample
 from tokenizer import Tokenizer
 
 PROMPTS = [[72, 101, 108], [10], [72, 101, 108, 108, 111, 44, 32, 119, 111], [5, 6]]
@@ -435,7 +437,7 @@ def test_packed_weights_are_forgotten_when_a_call_ends(tokenizer, monkeypatch):
 
     answers(model, PROMPTS[:1], tokenizer, max_new_tokens=2)
     assert not any(packed())
-    monkeypatch.setattr(generation, "sample", interrupted)
+    monkeypatch.setattr(decoding, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answers(model, PROMPTS[:1], tokenizer, max_new_tokens=2)
     assert all(seen) == can_pack(model.head_weight)

@@ -63,19 +63,19 @@ def test_gives_up_where_a_piece_of_one_does_not_fit():
 
 
 def test_a_rollout_that_does_not_fit_gives_the_same_answers_in_pieces(trainer, batch, monkeypatch):
-    params, real = SamplingParams(n=2, max_new_tokens=8), generation._generate_batch
+    params, real = SamplingParams(n=2, max_new_tokens=8), generation.decode
     whole = generate(trainer.model, batch.prompt_ids, params, tokenizer=trainer.tokenizer)
     sizes = []
 
-    def small_machine(model, ids, *args, **kwargs):
-        sizes.append(len(ids))
-        if len(ids) > 1:
+    def small_machine(model, ids, uniforms, params, tokenizer, rows, capture):
+        sizes.append(rows)
+        if rows > 2:
             raise RuntimeError(CPU_ERROR)
-        return real(model, ids, *args, **kwargs)
+        return real(model, ids, uniforms, params, tokenizer, rows, capture)
 
-    monkeypatch.setattr(generation, "_generate_batch", small_machine)
+    monkeypatch.setattr(generation, "decode", small_machine)
     pieces = generate(trainer.model, batch.prompt_ids, params, tokenizer=trainer.tokenizer, max_rows=8)
-    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert sizes == [8, 4, 2]
     assert [c.response_ids for c in pieces] == [c.response_ids for c in whole]
     assert [c.prompt_index for c in pieces] == [c.prompt_index for c in whole]
 
