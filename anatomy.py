@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from activations import Trace, record
-from generation import SamplingParams, filter_weights
 from losses import scale_logits
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from sampling import SamplingParams, filter_weights
 from tokenizer import Tokenizer
 
 LENS_TOKENS = 64
