@@ -12,7 +12,7 @@ from test_activations import make_model
 
 import anatomy
 import explain
-from attention import GroupCache, PrefillAttention
+from attention import KVCache, PrefillAttention
 from generation import SamplingParams
 from pretrained import load_pretrained, locate_pretrained
 from tokenizer import Tokenizer
@@ -105,8 +105,8 @@ def test_the_cache_grows_by_the_bytes_it_says(tiny):
     model, _ = tiny
     prefill = PrefillAttention([5])
     model.hidden_states(torch.arange(5), torch.arange(5), prefill)
-    cache = GroupCache(prefill, 1, 0)
-    assert anatomy.cache_growth(model.config, 5, 4)["at"][0]["bytes"] == cache.prompt_k.nbytes + cache.prompt_v.nbytes
+    cache = KVCache.from_prefill(prefill, 1, 0)
+    assert anatomy.cache_growth(model.config, 5, 4)["at"][0]["bytes"] == cache.k.nbytes + cache.v.nbytes
 
 
 def test_norms_are_root_mean_squares_of_what_enters(tiny):
