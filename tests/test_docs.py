@@ -30,8 +30,8 @@ BEFORE = {
     "README.md": """
 from config import load_config, preset_for
 from data_types import MiniBatch
-from generation import SamplingParams
 from grpo import GRPO, compute_advantages, rollout, update_policy
+from sampling import SamplingParams
 small = GRPO()
 model, tokenizer, task, optimizer = small.model, small.tokenizer, small.task, small.optimizer
 batch = MiniBatch.from_problems(task.problems("train", 2), tokenizer)
