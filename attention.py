@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_cpu import flash_attention, prefix_spans, rectangles
 
@@ -122,7 +123,9 @@ class PackedAttention:
     """Causal attention of a `Layout` through fused kernels; differentiable.
 
     On the CPU: torch's flash kernel, once for the causal part of sequences of similar length and once for what each
-    group sees of its prompt. On CUDA: one variable-length call a layer. Elsewhere: scaled_dot_product_attention a run.
+    group sees of its prompt. On CUDA in 16 bits: one variable-length call a layer. Elsewhere, and in fp32 on CUDA:
+    scaled_dot_product_attention a run. On CUDA the kernel is named, and one that is not there is an error: torch's own
+    choice would fall back to products that hold every score.
     """
 
     def __init__(self, layout: Layout):
@@ -143,10 +146,11 @@ class PackedAttention:
         from torch.nn.attention.varlen import varlen_attn
 
         if q.device not in self._index:
+            check_varlen(q.shape[2], torch.cuda.get_device_capability(q.device))
             self._index[q.device] = _varlen_index(self.layout, q.device)
         rows, cu_q, cu_k, max_q, max_k = self._index[q.device]
         group = q.shape[1] // k.shape[1]
-        k, v = (x[rows].repeat_interleave(group, dim=1) for x in (k, v))
+        k, v = (x[rows].repeat_interleave(group, dim=1) for x in (k, v))  # torch 2.11 has no enable_gqa there
         return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
 
 
@@ -163,7 +167,25 @@ def attend_each_run(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """[T, H, K], [S, G, K], [S, G, K], [T, S] -> [T, H, K]"""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], enable_gqa=True)[0].transpose(0, 1)
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], enable_gqa=True)[0].transpose(0, 1)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # that kernel knows no shared heads
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None])[0].transpose(0, 1)
+
+
+def check_varlen(head_size: int, capability: tuple[int, int]) -> None:
+    """Raise ValueError where torch's variable-length attention cannot run, with what to do instead."""
+    if capability < (8, 0):
+        raise ValueError(
+            f"this GPU has compute capability {capability[0]}.{capability[1]}, and training in 16 bits needs flash "
+            "attention, which begins with 8.0 (A100, RTX 30); train with --dtype fp32"
+        )
+    if head_size % 8 or head_size > 256:
+        raise ValueError(
+            f"attention heads of size {head_size}, and flash attention takes multiples of 8 up to 256; train with "
+            "--dtype fp32"
+        )
 
 
 def _varlen_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:

@@ -86,8 +86,7 @@ class Decoder:
             self.groups = min(max(rows // width, self.pieces), len(prompts) * self.pieces)
             self.rows = self.groups * width
         size = max(map(len, prompts))
-        size = size if width is None else -(-size // 16) * 16  # GPU kernels want a mask's lines aligned
-        room = max(cap - 1, 1) if width is None else _reach(cap, cap)
+        room = max(cap - 1, 1)
         self.cache = GroupCache(model.config, self.rows, self.groups, size, room, width, model.dtype, device)
         self.answer = torch.full((self.rows,), self.idle, device=device)  # that each row is writing
         self.token = torch.zeros(self.rows, dtype=torch.long, device=device)  # the last one of each row
@@ -141,7 +140,7 @@ class Decoder:
             tokens = min(self.steps - oldest + 1, self.cache.k.shape[3])  # of the oldest row, with the one it brings
             self.steps += 1
             if self.recorder is not None:
-                self.cache.reach = _reach(tokens, cap)
+                self.cache.reach = _reach(tokens, self.cache.k.shape[3])
                 self.recorder((self.cache.n_groups, self.cache.reach))
             else:
                 self.cache.reach, self.cache.lockstep = tokens, oldest == youngest
@@ -246,11 +245,11 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _reach(tokens: int, most: int) -> int:
-    """Own tokens that a recorded step reads: 128, 256, ... and in the end `most`, rounded up for the GPU's kernels."""
+    """Own tokens that a recorded step reads: 128, 256, ... and in the end `most`."""
     reach = SHORTEST_REACH
     while reach < tokens:
         reach *= 2
-    return min(reach, -(-most // 16) * 16)
+    return min(reach, most)
 
 
 def _pieces(items: list[int], sizes: list[int], most: int) -> list[list[int]]:

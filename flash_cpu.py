@@ -64,10 +64,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = 
 def attend_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[B, H, T, K] x [B, H, S, K] -> output [B, H, T, K] and the log-sum-exp of the scores [B, H, T] (fp32).
 
-    `mask` is additive, [B, 1, 1, S].
+    `mask` is additive, [B, 1, 1, S]; on CUDA its lines start at multiples of 16 elements. There the memory-efficient
+    kernel is called by its name, the one that takes a mask and gives the log-sum-exp (torch's context parallelism
+    merges by the same): products written out would round the scores to bf16.
     """
     if q.device.type == "cpu" and q.dtype != torch.float64:
         return _flash(q, k, v, causal=False, mask=None if mask is None else mask.expand(-1, -1, q.shape[2], -1))
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        mask = None if mask is None else mask.expand(-1, q.shape[1], q.shape[2], -1)
+        o, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)[:2]
+        return o, lse[..., : q.shape[2]]  # the kernel pads it to whole warps
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(dim=-1)

@@ -137,9 +137,13 @@ class GroupCache:
 
 
 def _hide_behind(lengths: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, 1, size] added to scores: -inf behind the first `lengths[b]` keys, else 0."""
-    hidden = torch.arange(size, device=lengths.device) >= lengths[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill(hidden, -torch.inf)[:, None, None]
+    """[B, 1, 1, size] added to scores: -inf behind the first `lengths[b]` keys, else 0.
+
+    A part of a table whose lines are multiples of 16, as GPU kernels want them.
+    """
+    hidden = torch.arange(-(-size // 16) * 16, device=lengths.device) >= lengths[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill(hidden, -torch.inf)
+    return mask[:, None, None, :size]
 
 
 def _move(caches: Sequence[Tensor], source: Sequence[int], size: int) -> None:

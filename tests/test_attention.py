@@ -17,6 +17,7 @@ from attention import (
     Run,
     _varlen_index,
     attend_each_run,
+    check_varlen,
 )
 from flash_cpu import attend_lse, merge_attention
 from group_cache import GroupCache
@@ -219,6 +220,19 @@ def test_the_index_of_the_variable_length_kernel(layout):
                 scores = keys[own, head // 2] @ q[row, head].double() / math.sqrt(K)
                 out[row, head] = scores.softmax(dim=0) @ values[own, head // 2]
     torch.testing.assert_close(out, attend_by_loops(layout, q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("head_size", "capability", "message"),
+    [(64, (7, 5), "compute capability 7.5"), (12, (9, 0), "size 12"), (512, (9, 0), "size 512")],
+)
+def test_a_gpu_without_the_training_kernel_is_told_apart(head_size, capability, message):
+    """One line that says what to do; no silent way around it."""
+    check_varlen(128, (8, 0))
+    with pytest.raises(ValueError, match=message) as error:
+        check_varlen(head_size, capability)
+    assert "--dtype fp32" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_merging_two_halves_is_attention_over_all():

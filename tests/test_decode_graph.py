@@ -173,7 +173,6 @@ def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatc
 def test_a_recorded_step_reads_enough_and_not_much_more(tokens):
     reach = _reach(tokens, 1000)
     assert tokens <= reach <= max(128, 2 * tokens)
-    assert reach % 16 == 0
     assert len({_reach(t, 1000) for t in range(1, 1001)}) == 4
 
 
