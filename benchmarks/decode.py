@@ -5,8 +5,9 @@
 
 The limit is the roofline of the same run: the larger of bytes / read bandwidth and operations / rate of products, part
 by part (budget.decode_step), both measured here. The time of a decode step is that of a generation less that of one
-that stops at the first token, so prefill and packing fall out. The table by part comes from a run of its own, in which
-hooks look at the clock; on CUDA they record events, and a part holds the gaps between its kernels.
+that stops at the first token, so prefill and packing fall out (recording CUDA graphs does not). The table by part comes
+from a run of its own, in which hooks look at the clock; on CUDA they record events in a run without graphs, and a part
+holds the gaps between its kernels.
 
 Rows are groups of `--group-size` answers to prompts of equal length; no answer stops early.
 """
@@ -30,6 +31,7 @@ VARIANTS = {  # name -> the arguments of generate() that differ from its default
     "not packed": {"pack_weights": False},
     "prompt a row": {"share_prompt": False},
 }
+CUDA_VARIANTS = {"default": {}, "no graphs": {"graphs": False}}
 PART_OF_MODULE = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate+up", "up_proj": "gate+up",
     "down_proj": "down", "self_attn": "attention", "lm_head": "head",
@@ -101,6 +103,7 @@ def seconds_by_part(model, device: str, run) -> dict[str, float]:
 
 def measure_rows(model, tokenizer, args, rows: int, limits: tuple[float, float]) -> dict:
     """Decode speed of every variant at so many rows, and the parts of a step of the default one."""
+    variants = CUDA_VARIANTS if args.device.startswith("cuda") else VARIANTS
     prompts = common.random_prompts(rows // args.group_size, args.prompt_tokens, tokenizer.vocab_size, args.seed)
 
     def run(new_tokens: int, **options):
@@ -110,7 +113,7 @@ def measure_rows(model, tokenizer, args, rows: int, limits: tuple[float, float])
     steps = args.new_tokens - 1
     whole, first = defaultdict(list), defaultdict(list)
     for repeat in range(args.repeats + 1):
-        for name, options in VARIANTS.items():
+        for name, options in variants.items():
             timing = common.seconds(lambda o=options: run(1, **o), args.device)
             timings = common.seconds(lambda o=options: run(args.new_tokens, **o), args.device)
             if repeat:  # the first round warms up
@@ -118,12 +121,12 @@ def measure_rows(model, tokenizer, args, rows: int, limits: tuple[float, float])
                 whole[name].append(timings)
     parts = budget.decode_step(model.config, len(prompts), args.group_size, args.prompt_tokens, args.new_tokens / 2)
     floors = {p.name: p.floor_s(*limits) for p in parts}
-    step_s = {name: (statistics.median(whole[name]) - statistics.median(first[name])) / steps for name in VARIANTS}
-    spent = seconds_by_part(model, args.device, lambda: run(args.new_tokens))
+    step_s = {name: (statistics.median(whole[name]) - statistics.median(first[name])) / steps for name in variants}
+    spent = seconds_by_part(model, args.device, lambda: run(args.new_tokens, graphs=False))
     return {
         "rows": rows,
         "tokens_per_s": {name: rows / s for name, s in step_s.items()},
-        "tokens_per_s_with_prefill": {n: rows * args.new_tokens / statistics.median(whole[n]) for n in VARIANTS},
+        "tokens_per_s_with_prefill": {n: rows * args.new_tokens / statistics.median(whole[n]) for n in variants},
         "step_ms": {name: s * 1e3 for name, s in step_s.items()},
         "floor_ms": sum(floors.values()) * 1e3,
         "share_of_roofline": sum(floors.values()) / step_s["default"],
@@ -135,7 +138,14 @@ def measure_rows(model, tokenizer, args, rows: int, limits: tuple[float, float])
 
 
 def print_tables(results: list[dict]) -> None:
-    header = ("rows", *(f"{name} tok/s" for name in VARIANTS), "with prefill", "ms a step", "floor ms", "of roofline")
+    header = (
+        "rows",
+        *(f"{name} tok/s" for name in results[0]["tokens_per_s"]),
+        "with prefill",
+        "ms a step",
+        "floor ms",
+        "of roofline",
+    )
     print(common.table(header, [
         (str(r["rows"]), *r["tokens_per_s"].values(), r["tokens_per_s_with_prefill"]["default"],
          r["step_ms"]["default"], r["floor_ms"], f"{r['share_of_roofline']:.0%}")
