@@ -300,7 +300,8 @@ def load_config(path: str | Path) -> Config:
 def save_yaml(config: Config, path: str | Path) -> None:
     """Write every field, so that `load_config` gives an equal Config, floats to the last bit."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    # ASCII: what lies beyond is escaped, for YAML would fold a line separator inside a text into a blank.
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def new_run_dir(config: Config) -> Path:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from hypothesis import settings
 
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
+settings.register_profile("same every time", derandomize=True, deadline=None)
+settings.load_profile("same every time")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -92,6 +92,11 @@ def test_save_and_load_give_the_same_config_to_the_last_bit(tmp_path_factory, lr
     assert repr(loaded) == repr(config)  # -0.0 is equal to 0.0, but not printed like it
 
 
+def test_a_line_separator_in_a_name_survives_the_yaml(tmp_path):
+    save_yaml(Config(run_dir="a\x85b\u2028c"), tmp_path / "x.yaml")
+    assert parse_flags(Config, yaml_flags(tmp_path / "x.yaml", Config)).run_dir == "a\x85b\u2028c"
+
+
 def test_floats_that_yaml_takes_for_text(yaml_file):
     assert load_config(yaml_file("lr: 1e-6\neps: 1e-08\nkl_target: 3\n")).lr == 1e-6
 
