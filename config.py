@@ -197,6 +197,8 @@ class Config:
     """AdamW: divide by the largest second moment so far."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    max_refusals: int = 10
+    """End the run after so many steps in a row whose loss or gradient was not finite; 0: never."""
     cpu_optimizer: bool = True
     """Keep fp32 masters and moments on the CPU; off is plain AdamW on the device."""
 
@@ -336,6 +338,7 @@ _COUNTS = ["prompts_per_step", "group_size", "max_new_tokens", "updates_per_roll
 _COUNTS += ["keep_checkpoints", "numbers", "num_terms", "num_digits", "ot_iterations"]
 _NOT_NEGATIVE = ["seed", "eval_every", "eval_problems", "eval_samples", "save_every", "warmup_steps", "lora_rank"]
 _NOT_NEGATIVE += [
+    "max_refusals",
     "refill_rounds",
     "overlong_buffer",
     "entropy_coef_step",

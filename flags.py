@@ -94,6 +94,12 @@ def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
     return [flag, *map(str, words)] if several else [f"{flag}={value}"]
 
 
+def one_line(error: BaseException, limit: int = 600) -> str:
+    """What an error says, on one line and not endless: it may quote a stranger's file."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
 def flag_name(field: str) -> str:
     """The flag of a field: `group_size` -> `--group-size`."""
     return "--" + field.replace("_", "-")

@@ -28,7 +28,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ import losses
 from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
 from generation import SamplingParams, generate, halve_when_out_of_memory
+from guards import Guard, name_culprit
 from linear import gradients_in_place
 from lora import adapters_off, add_lora, has_lora, trainable
 from math_task import QuestionTask, Task, task_from_config
@@ -169,6 +170,7 @@ def update_policy(
     micro_batch_tokens: int = 16384,
     shared_prefix: bool = True,
     in_place_gradients: bool = True,
+    refused: Callable[[str], None] | None = None,
     **objective: float | str | bool | None,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
@@ -183,10 +185,11 @@ def update_policy(
             the step's gradient is computed again with half as many.
         shared_prefix: False repeats the prompt for every answer (the slow twin).
         in_place_gradients: False lets autograd add the gradients of micro-batches (the slow twin).
+        refused: is told why an update was refused; None: a warning.
 
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
-    A non-finite loss or gradient refuses the step: weights stay as they were, `update/skipped` is 1 and a warning says
-    why; so does a step in which nothing is left to learn from.
+    A non-finite loss or gradient refuses the step: weights stay as they were, `update/skipped` and `update/not_finite`
+    are 1 and a warning names tensor and episode. A step in which nothing is left to learn from is skipped, too.
     """
     o = Objective(**objective)
     if o.in_loss and o.compares_with_reference and reference is None:
@@ -207,11 +210,16 @@ def update_policy(
 
     metrics = halve_when_out_of_memory(all_gradients, micro_batch_tokens).metrics()
     metrics["grad_norm"] = grad_norm = _clip_gradients(optimizer, max_grad_norm)
-    metrics["update/skipped"] = 0.0
-    if not step.trained or not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
-        cause = f"loss {metrics['loss']}, gradient norm {grad_norm}" if step.trained else "no episode has a gradient"
-        logger.warning("the update was refused (%s); the weights stay as they were", cause)
-        metrics["update/skipped"] = 1.0
+    metrics["update/not_finite"] = float(not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm))
+    metrics["update/skipped"] = float(not step.trained or metrics["update/not_finite"])
+    if metrics["update/skipped"]:
+        cause = "no episode has a gradient"
+        if step.trained:
+            culprit = name_culprit(
+                model, episodes, step, lambda micro: micro_loss(o, model, reference, micro, None, StepTotals())
+            )
+            cause = f"loss {metrics['loss']}, gradient norm {grad_norm}: {culprit}"
+        (refused or Guard().refused)(cause)
     else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -253,7 +261,8 @@ def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     if not parameters:
         return 0.0
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if norm.isfinite():  # else all gradients would become NaN, and who began it could not be told
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()
 
 
@@ -299,6 +308,7 @@ class GRPO:
             reference = model if has_lora(model) else load_policy(config, locate_pretrained(config.ckpt))[0]
         self.reference = reference
         self.step_count = 0
+        self.guard = Guard(config.max_refusals)
         self.entropy_coef = config.entropy_coef  # where the adaptive one stands
         self.applied_entropy_coef = config.entropy_coef  # it rests while entropy is above the target
 
@@ -391,7 +401,8 @@ class GRPO:
         objective = asdict(self.objective) | {"entropy_coef": self.applied_entropy_coef}
         return update_policy(
             self.model, self.optimizer, episodes, reference=self.reference, before=before,
-            max_new_tokens=c.max_new_tokens, max_grad_norm=c.max_grad_norm, **self._packing, **objective,
+            max_new_tokens=c.max_new_tokens, max_grad_norm=c.max_grad_norm, refused=self.guard.refused, **self._packing,
+            **objective,
         )  # fmt: skip
 
     @property

@@ -9,7 +9,8 @@
 
 Where this departs from the usual logger:
 
-* A full disk or a vanished folder does not end a run: the line is lost, standard error says so, the next one is tried.
+* A full disk, a vanished folder or a closed pipe does not end a run: the line is lost, standard error says so, the
+  next one is tried.
 * A file never keeps half a line: what a failed write left is cut off, and `truncate_after` cuts what a resume from an
   older checkpoint would write twice.
 * Numbers that are not finite are null, so that every line is JSON for every reader.
@@ -17,6 +18,7 @@ Where this departs from the usual logger:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -52,7 +54,11 @@ class RunLog:
                 f"{self.run_dir} already holds a run: continue it with --resume, or name another --run-dir"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        save_yaml(dataclasses.replace(config, run_dir=str(run_dir), resume=None), self.run_dir / "config.yaml")
+        settings = (
+            self.run_dir / ".config.yaml.new"
+        )  # beside, then renamed: a resume reads it, after a kill at any time
+        save_yaml(dataclasses.replace(config, run_dir=str(run_dir), resume=None), settings)
+        settings.replace(self.run_dir / "config.yaml")
         self._metrics = _JsonLines(metrics)
         self._samples = _JsonLines(self.run_dir / "samples.jsonl")
         self._share = config.log_samples
@@ -82,7 +88,11 @@ class RunLog:
         if self._try("metrics.jsonl", lambda: self._metrics.append({"step": step, **values})):
             self._try("TensorBoard events", lambda: self._write_events(step, values))
         self.history.add(step, values)
-        self._progress.step(step, values)
+        self._try("standard output", lambda: self._progress.step(step, values))
+
+    def say(self, text: str) -> None:
+        """A line for people, beside the display."""
+        self._try("standard output", lambda: self.console.print(text, markup=False))
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
         """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text."""
@@ -114,7 +124,7 @@ class RunLog:
     def print_summary(self) -> None:
         """End the display and print one table: the first evaluation and steps beside the last."""
         self._progress.close()
-        self.console.print(summary_table(self.history))
+        self._try("standard output", lambda: self.console.print(summary_table(self.history)))
 
     def close(self) -> None:
         """End the display and write out what is still in memory. The log can not be used afterwards."""
@@ -149,7 +159,8 @@ class RunLog:
             write()
         except OSError as error:
             if what not in self._complaints:
-                print(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}", file=sys.stderr)
+                with contextlib.suppress(OSError):  # standard error may stand on the same full disk
+                    print(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}", file=sys.stderr)
             self._complaints.add(what)
             return False
         self._complaints.discard(what)
@@ -166,6 +177,9 @@ class _JsonLines:
     def append(self, *records: dict[str, Any]) -> None:
         """All of them, or none and OSError."""
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode("ascii")
+        if not self.path.exists():  # deleted: writes to the open file would succeed, and be lost with it
+            self._file.close()
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         start = self._file.seek(0, 2)
         try:
             if self._file.write(text) != len(text):

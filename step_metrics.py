@@ -84,13 +84,17 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         "completions/mean_length": fmean(len(e.response_ids) for e in episodes),
         "completions/clipped_ratio": fmean(e.truncated for e in episodes),
     }
-    for part in episodes[0].reward_parts:
+    missing = fmean(math.isnan(e.reward) for e in episodes)
+    if missing:
+        metrics["frac_reward_missing"] = missing
+    for part in dict.fromkeys(name for e in episodes for name in e.reward_parts):  # a failed reward has no parts
         values = torch.tensor([e.reward_parts.get(part, math.nan) for e in episodes], dtype=torch.float64)
         values = values[~values.isnan()]
         metrics[f"rewards/{part}/mean"] = values.mean().item()
         metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
     diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes]
-    return metrics | {name: fmean(d[name] for d in diagnostics) for name in diagnostics[0]}
+    names = dict.fromkeys(name for d in diagnostics for name in d)
+    return metrics | {name: fmean(d[name] for d in diagnostics if name in d) for name in names}
 
 
 def has_signal(rewards: Sequence[float]) -> bool:

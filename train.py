@@ -5,6 +5,9 @@
     python train.py --config configs/cpu.yaml --steps 20     # a file, and flags over it
     python train.py --resume                                 # go on with the newest run
 
+Exit codes: 0 done; 2 a mistake, told in one line; 3 too many updates in a row were refused; 4 the last checkpoint could
+not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, after saving.
+
 Every problem is drawn by its number and every answer from a seed of its own (seed, step, prompt, sample), so there is
 no random state to carry from step to step: a resumed run does what the uninterrupted one would have done.
 """
@@ -12,6 +15,7 @@ no random state to carry from step to step: a resumed run does what the uninterr
 from __future__ import annotations
 
 import logging
+import random
 import resource
 import signal
 import sys
@@ -22,23 +26,27 @@ import torch
 from checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
 from config import Config, config_files, new_run_dir, parse_args
 from data_types import MiniBatch, Problem
+from flags import one_line
 from generation import SamplingParams
 from grpo import GRPO, Metrics, load_policy, reward_metrics, rollout
+from guards import NUMBERS_ENDED_IT, Guard
 from lora import has_lora, load_adapters, save_adapters, trainable
 from math_task import task_from_config
 from pretrained import locate_pretrained
 from progress import duration
-from run_log import RunLog
+from run_log import RunLog, read_metrics
 
 logger = logging.getLogger("train")
+NOT_SAVED = 4  # exit code
 
 
 def train(config: Config) -> int:
-    """The whole job. Returns the exit code: 0, or 128 + the signal that ended it early."""
+    """The whole job. Returns the exit code: 0; 128 + the signal that ended it early; NUMBERS_ENDED_IT where too many
+    updates in a row were refused; NOT_SAVED where the disk took no checkpoint of the last step."""
     run_dir = new_run_dir(config)
-    resumed = (
-        find_checkpoint("latest" if config.resume == "latest" else config.resume, run_dir) if config.resume else None
-    )
+    random.seed(config.seed)  # nothing here draws from the global generators, but a task of the user's may
+    torch.manual_seed(config.seed)
+    resumed = find_resumed(config, run_dir)
 
     task = task_from_config(config)
     model, tokenizer = load_policy(
@@ -54,6 +62,7 @@ def train(config: Config) -> int:
         return dry_run(trainer)
 
     first = step = 0
+    saved = True
     if resumed:
         state = load_checkpoint(resumed, trainer.optimizer)
         set_random_states(state["random"])
@@ -63,9 +72,9 @@ def train(config: Config) -> int:
 
     stop = StopRequest()
     with RunLog(run_dir, config, total_steps=config.steps) as log:
-        if resumed:
-            log.truncate_after(first)
-        elif held_out:
+        if config.resume:
+            log.truncate_after(first if resumed else -1)
+        if held_out and not resumed:
             log.phase("evaluating")
             log.log_step(0, evaluate(trainer, held_out))
 
@@ -80,23 +89,55 @@ def train(config: Config) -> int:
                 log.phase("evaluating")
                 metrics |= evaluate(trainer, held_out)
             log.log_step(step, metrics)
+            trainer.guard.watch(step, metrics)
             if step == first + 1:
                 left = duration(metrics["step_time"] * (config.steps - first))
-                log.console.print(
-                    f"a step takes {metrics['step_time']:.1f} s; the run will last about {left}, and evaluations"
-                )
-            stopping = bool(stop.requested)  # asked once: a signal after this line ends the next step, saved as well
+                log.say(f"a step takes {metrics['step_time']:.1f} s; the run will last about {left}, and evaluations")
+            # asked once: a signal after this line ends the next step, saved as well
+            stopping = bool(stop.requested) or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):
                 log.phase("saving")
-                save(run_dir, step, trainer, metrics)
+                saved = save(run_dir, step, trainer, metrics)
             if stopping:
                 break
         log.print_summary()
     print(f"checkpoints, metrics and samples are in {run_dir}")
+    return how_it_ended(run_dir, step, saved, stop, trainer.guard)
+
+
+def how_it_ended(run_dir: Path, step: int, saved: bool, stop: StopRequest, guard: Guard) -> int:
+    """Say what ended a run and how to go on; the exit code."""
+    go_on = f"go on with: python train.py --resume {run_dir}"
+    if not saved:
+        print(f"train.py: step {step}, the last one, is on no disk; an earlier checkpoint is. {go_on}", file=sys.stderr)
+    if guard.gave_up:
+        print(
+            f"train.py: ended after step {step}: {guard.refusals} updates in a row were refused, the last because of "
+            f"{guard.diagnosis}. Look at that episode in samples.jsonl, try a lower --lr or --dtype fp32, then {go_on}",
+            file=sys.stderr,
+        )
+        return NUMBERS_ENDED_IT
     if stop.requested:
-        print(f"stopped by {stop.requested.name} after step {step}; go on with: python train.py --resume {run_dir}")
+        print(f"stopped by {stop.requested.name} after step {step}; {go_on}")
         return 128 + stop.requested
-    return 0
+    return 0 if saved else NOT_SAVED
+
+
+def find_resumed(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. So is a run that was killed before its first checkpoint
+    was due, for what it did is cheaper to do again than to have no command that goes on."""
+    if not config.resume:
+        return None
+    try:
+        return find_checkpoint("latest" if config.resume == "latest" else config.resume, run_dir)
+    except FileNotFoundError:
+        run = Path(config.resume) if config.resume != "latest" else run_dir
+        done = len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0
+        began = (run / "config.yaml").is_file() and not list(run.glob("checkpoints/[sl]*"))  # no step-... or latest
+        if not began or done > (config.save_every or config.steps) + 1:
+            raise
+    logger.warning("%s was ended before its first checkpoint: it begins again", run)
+    return None
 
 
 def evaluate(trainer: GRPO, problems: list[Problem]) -> Metrics:
@@ -112,7 +153,7 @@ def evaluate(trainer: GRPO, problems: list[Problem]) -> Metrics:
         for name in ("reward", "solved", "false_sums", "completions/mean_length", "completions/clipped_ratio"):
             if name in means:
                 metrics[prefix + name.removeprefix("completions/")] = means[name]
-        for part in episodes[0].reward_parts:
+        for part in dict.fromkeys(part for e in episodes for part in e.reward_parts):
             metrics[f"{prefix}{part}"] = means[f"rewards/{part}/mean"]
     return metrics
 
@@ -121,8 +162,8 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> None:
-    """A checkpoint; where the disk refuses, the run goes on and says so."""
+def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> bool:
+    """A checkpoint; where the disk refuses, the run goes on and says so. Whether it is there now."""
     state = {"random": random_states(), "trainer": trainer.state_dict()}
     base = trainer.config.ckpt
 
@@ -137,6 +178,8 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> None:
         )  # fmt: skip
     except OSError as error:
         logger.error("no checkpoint at step %d: %s; the previous one is untouched, and training goes on", step, error)
+        return False
+    return True
 
 
 class StopRequest:
@@ -248,8 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_args(argv)
         print("settings: " + ", ".join(str(path) for path in config_files(argv)) + (" and flags" if argv else ""))
         return train(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2
 
 

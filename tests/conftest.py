@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def write_tokenizer(folder: str | Path, eos_token_ids=(258, 256), chat_template:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(eos_token_ids)}))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """train.py takes Ctrl-C over; give it back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

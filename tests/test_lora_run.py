@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import peft
 import pytest
@@ -14,15 +13,6 @@ from safetensors.torch import load_file
 import train
 from checkpoint import verify_checkpoint
 from qwen2_llm import Qwen2ForCausalLM
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers():
-    """The job takes Ctrl-C over; give it back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def run(ckpt, run_dir, *flags: str) -> None:

@@ -29,15 +29,6 @@ SMALL += ["--eval-problems", "2", "--device", "cpu", "--dtype", "fp32", "--lr", 
 TIMING = ("step_time", "tokens_per_second", "memory/peak_gib")
 
 
-@pytest.fixture(autouse=True)
-def _signal_handlers():
-    """The job takes Ctrl-C over; give it back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 class EvenLetters(Task):
     """A task in which a random model's answers differ, so that every step has a gradient."""
 
