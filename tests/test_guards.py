@@ -1,4 +1,4 @@
-"""A refused update names its tensor and its episode; too many end the run; signs of a collapse are told now and then."""
+"""A refused update names tensor and episode; too many end the run; signs of a collapse are told now and then."""
 
 from __future__ import annotations
 
