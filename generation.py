@@ -64,13 +64,13 @@ def generate(
     where the model's logits are not finite.
     """
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    _check_room(ids, params.max_new_tokens, model.config.max_position_embeddings)
+    check_room(ids, params.max_new_tokens, model.config.max_position_embeddings)
     graphs = (model.device.type == "cuda") if graphs is None else graphs
     if graphs and model.device.type != "cuda":
         raise ValueError(f"graphs=True, but the model is on {model.device}; only CUDA records its work")
     if not ids:
         return []
-    uniforms = _uniforms(ids, params, seed)
+    uniforms = uniform_numbers(ids, params, seed)
     decode_rows = decode if share_prompt else decode_plainly
     was_training = model.training
     model.eval()
@@ -115,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
-def _check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
+def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; expected at least one token")
@@ -126,7 +126,7 @@ def _check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
             )
 
 
-def _uniforms(ids: list[list[int]], params: SamplingParams, seed: int) -> Tensor:
+def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int) -> Tensor:
     """[prompts * n, max_new_tokens] numbers in [0, 1), each row from a generator seeded by (seed, prompt, sample)."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []

@@ -42,7 +42,7 @@ def recorded(step):
 
 def decoder_for(model, tokenizer, capture=recorded, rows: int = 512, prompts=PROMPTS, seed: int = 0, **params):
     params = SamplingParams(**({"n": 3, "max_new_tokens": 40} | params))
-    uniforms = generation._uniforms(prompts, params, seed)
+    uniforms = generation.uniform_numbers(prompts, params, seed)
     return Decoder(model, prompts, uniforms, params, tokenizer, rows, capture)
 
 

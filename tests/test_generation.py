@@ -75,7 +75,7 @@ def test_answers_are_those_of_a_plain_sampler(temperature, share_prompt, tokeniz
     """CHECKLIST 27, CHECKLIST 36. Ragged prompts, rows that leave: id for id what full forwards give."""
     model = stopping_model(2.0)
     completions = answers(model, PROMPTS, tokenizer, temperature=temperature, share_prompt=share_prompt)
-    uniforms = generation._uniforms(PROMPTS, SamplingParams(n=3, max_new_tokens=12), seed=0)
+    uniforms = generation.uniform_numbers(PROMPTS, SamplingParams(n=3, max_new_tokens=12), seed=0)
     assert len({len(ids) for ids in response_ids(completions)}) > 2
     for i, (completion, u) in enumerate(zip(completions, uniforms.tolist(), strict=True)):
         assert completion.prompt_index == i // 3
@@ -131,7 +131,7 @@ def test_the_pad_id_in_a_prompt_is_a_token_like_any_other(tokenizer):
     """CHECKLIST 7. Also at the ends of a ragged batch's prompts."""
     model, pad = make_model(), tokenizer.pad_token_id
     prompts = [[pad, 5, pad], [7, pad, pad, pad, 8, pad], [pad]]
-    uniforms = generation._uniforms(prompts, SamplingParams(n=2, max_new_tokens=5), seed=0).tolist()
+    uniforms = generation.uniform_numbers(prompts, SamplingParams(n=2, max_new_tokens=5), seed=0).tolist()
     for i, completion in enumerate(answers(model, prompts, tokenizer, n=2, max_new_tokens=5)):
         assert completion.response_ids == reference_answer(model, prompts[i // 2], uniforms[i], 1.0)
 
