@@ -34,17 +34,24 @@ FILTERS = {  # how the next token's probabilities look under common sampling set
 
 
 def look(
-    model: Qwen2ForCausalLM, tokenizer: Tokenizer, ids: Sequence[int], *, layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    model: Qwen2ForCausalLM, tokenizer: Tokenizer, ids: Sequence[int], *, layers: Sequence[int] = (),
+    heads: Sequence[int] = (), start: int = 0,
 ) -> dict:  # fmt: skip
-    """Everything about one text. `layers` and `heads` whose attention is kept: None takes up to four of each.
+    """Everything about one text. `layers` and `heads` whose attention is kept: none takes up to four of each.
 
+    `lens` and `next` are by position, the last LENS_TOKENS of the text: a row of logits is a vocabulary wide. `shown`
+    is the position, `start` or later, at which the model is least sure of the next token.
     Raises ValueError for a layer or head that the model does not have.
     """
     c = model.config
     layers = _chosen(layers, c.num_hidden_layers, "layer")
     heads = _chosen(heads, c.num_attention_heads, "head")
     trace = record(model, ids)
+    logits = trace["logits"][-LENS_TOKENS:]
+    first = len(ids) - len(logits)
+    logp = scale_logits(logits, vocab_size=tokenizer.vocab_size).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    begin = max(start - first, 0)
     return {
         "tokens": token_row(tokenizer, ids),
         "parts": parts(c, len(ids), model.head_weight.element_size()),
@@ -53,18 +60,19 @@ def look(
         "attention": {f"{la}.{h}": attention_map(trace, la, h) for la in layers for h in heads},
         "cache": cache_growth(c, len(ids), model.head_weight.element_size()),
         "lens": logit_lens(model, tokenizer, trace),
-        "next": next_tokens(trace["logits"][-1], tokenizer),
+        "next": next_tokens(logits, tokenizer),
+        "shown": first + begin + int(entropy[begin:].argmax()),
     }
 
 
-def _chosen(asked: Sequence[int] | None, count: int, what: str) -> list[int]:
-    if asked is None:
+def _chosen(asked: Sequence[int], count: int, what: str) -> list[int]:
+    if not asked:
         few = min(count, 4)
         return [round(i * (count - 1) / max(1, few - 1)) for i in range(few)]
     wrong = [i for i in asked if not 0 <= i < count]
     if wrong:
         raise ValueError(f"{what} {wrong[0]}: the model has {what}s 0 to {count - 1}")
-    return list(asked)
+    return list(dict.fromkeys(asked))
 
 
 def token_row(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
@@ -79,6 +87,7 @@ def parts(c: Qwen2Config, N: int, element_size: int) -> list[dict]:
     D, F, V, K, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim, c.num_hidden_layers
     H, G = c.num_attention_heads, c.num_key_value_heads
     bias = int(c.attention_bias)
+    o_bias = int(c.attention_bias and c.model_type != "qwen2")
     pairs = N * (N + 1) // 2  # token i looks at i + 1 tokens
     rows = [
         ("embed_tokens", f"[{V}, {D}]", f"[{N}] -> [{N}, {D}]", 1, V * D, 0, N * D),
@@ -88,7 +97,8 @@ def parts(c: Qwen2Config, N: int, element_size: int) -> list[dict]:
         ("k_proj, v_proj", f"2 x [{G * K}, {D}]", f"[{N}, {D}] -> 2 x [{N}, {G}, {K}]", L, 2 * G * K * (D + bias),
          4 * N * D * G * K, 2 * N * G * K),
         ("attention", "", f"[{H}, {N}, {N}] -> [{N}, {H}, {K}]", L, 0, 4 * pairs * H * K, N * H * K),
-        ("o_proj", f"[{D}, {H * K}]", f"[{N}, {H * K}] -> [{N}, {D}]", L, D * H * K, 2 * N * D * H * K, N * D),
+        ("o_proj", f"[{D}, {H * K}]", f"[{N}, {H * K}] -> [{N}, {D}]", L,
+         D * (H * K + o_bias), 2 * N * D * H * K, N * D),
         ("post_attention_layernorm", f"[{D}]", f"[{N}, {D}]", L, D, 4 * N * D, N * D),
         ("gate_proj, up_proj", f"2 x [{F}, {D}]", f"[{N}, {D}] -> 2 x [{N}, {F}]", L, 2 * F * D, 4 * N * D * F,
          2 * N * F),
@@ -179,26 +189,27 @@ def logit_lens(model: Qwen2ForCausalLM, tokenizer: Tokenizer, trace: Trace, top:
     return found
 
 
-def next_tokens(logits: Tensor, tokenizer: Tokenizer, top: int = 12) -> list[dict]:
-    """The likeliest next tokens, and the probability of each under every setting of FILTERS: logits [V]."""
-    columns = {name: probabilities(logits, params, tokenizer.vocab_size) for name, params in FILTERS.items()}
-    ids = columns["T = 1"].topk(min(top, tokenizer.vocab_size)).indices.tolist()
+def next_tokens(logits: Tensor, tokenizer: Tokenizer, top: int = 12) -> list[list[dict]]:
+    """By position, the likeliest next tokens and the probability of each under every setting of FILTERS: [N, V]."""
+    ids = logits[:, : tokenizer.vocab_size].topk(min(top, tokenizer.vocab_size)).indices
+    columns = {
+        name: probabilities(logits, params, tokenizer.vocab_size).gather(-1, ids) for name, params in FILTERS.items()
+    }
     return [
-        {
-            "id": i,
-            "text": _text(tokenizer, i),
-            "logit": _r(logits[i]),
-            "p": {n: _r(p[i]) for n, p in columns.items()},
-        }
-        for i in ids
-    ]
+        [
+            {"id": i, "text": _text(tokenizer, i), "logit": _r(logits[n, i]),
+             "p": {name: _r(p[n, rank]) for name, p in columns.items()}}
+            for rank, i in enumerate(row)
+        ]
+        for n, row in enumerate(ids.tolist())
+    ]  # fmt: skip
 
 
 def probabilities(logits: Tensor, params: SamplingParams, vocab_size: int) -> Tensor:
-    """[V] what the sampler draws from: temperature, then min-p, top-k and top-p, then a sum of 1."""
-    scaled = scale_logits(logits[None].float(), params.temperature, vocab_size)
-    weights = filter_weights((scaled - scaled.max()).exp(), params)[0]
-    return weights / weights.sum()
+    """[N, V] what the sampler draws from: temperature, then min-p, top-k and top-p, then a sum of 1."""
+    scaled = scale_logits(logits.float(), params.temperature, vocab_size)
+    weights = filter_weights((scaled - scaled.amax(-1, keepdim=True)).exp(), params)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -208,6 +219,7 @@ def compare(
     """Two checkpoints of one model on the same text: KL a token, which tokens became likelier, which weights moved.
 
     `mean_kl` is over the choices made behind tokens `start` and later: a policy answers for its answer, not the prompt.
+    `next` is by position, the last LENS_TOKENS of the text; `shown` is the one of largest KL, `start` or later.
     Raises ValueError where the two are not of one shape.
     """
     a, b = dict(before.named_parameters()), dict(after.named_parameters())
@@ -218,17 +230,31 @@ def compare(
     )
     kl = (new.exp() * (new - old)).sum(-1)  # KL(after || before), nats, where each token is what was read last
     rise = (new - old)[:-1].gather(-1, torch.as_tensor(ids, device=old.device)[1:, None])[:, 0]  # of the next token
-    change = (new[-1].exp() - old[-1].exp()).argsort(descending=True).tolist()
+    first = max(len(ids) - LENS_TOKENS, 0)
+    begin = max(start, first)
     return {
         "kl": [_r(x) for x in kl],
         "mean_kl": _r(kl[start:].mean()),
         "rise": [0.0, *(_r(x) for x in rise)],
-        "next": [
-            {"text": _text(tokenizer, i), "before": _r(old[-1, i].exp()), "after": _r(new[-1, i].exp())}
-            for i in dict.fromkeys([*change[:6], *change[-6:]])
-        ],
+        "next": [_changed(old[i].exp(), new[i].exp(), tokenizer) for i in range(first, len(ids))],
+        "shown": begin + int(kl[begin:].argmax()),
         "weights": [{"name": name, "relative": _moved(w, b[name])} for name, w in a.items()],
     }
+
+
+def _changed(old: Tensor, new: Tensor, tokenizer: Tokenizer, top: int = 4) -> list[dict]:
+    """The tokens that became likelier by most, and those that became less likely: probabilities [V]."""
+    change = new - old
+    likelier, less = (change * sign for sign in (1, -1))
+    ids = [
+        *likelier.topk(min(top, len(old))).indices.tolist(),
+        *reversed(less.topk(min(top, len(old))).indices.tolist()),
+    ]
+    return [
+        {"text": _text(tokenizer, i), "before": _r(old[i]), "after": _r(new[i])}
+        for i in dict.fromkeys(ids)
+        if old[i] != new[i]
+    ]
 
 
 def _moved(before: Tensor, after: Tensor) -> float:

@@ -3,18 +3,20 @@
     python explain.py                                           # the bundled model: writes explain.html, prints it
     python explain.py --after runs/NAME/checkpoints/step-000075 # before and after GRPO, side by side
     python explain.py --ckpt Qwen2.5-0.5B-Instruct --prompt "What is 12 + 7?" --layers 0 12 23 --heads 0 1
+    python explain.py --text                                    # only print, write no page
 
 The page holds every fact of `anatomy.look`. For a model of a few million parameters it is live, too: the weights are in
-the page, and qwen2.js runs them (forward pass with a cache, tokenizer, sampler), so that one can type a problem, move
-the temperature and watch the model think, offline. Its logits are those of PyTorch to 1e-4.
+the page in fp32, 5.3 characters a parameter, and qwen2.js runs them (forward pass with a cache, tokenizer, sampler), so
+that one can type a problem, move the temperature and watch the model think, offline. Its logits are those of PyTorch to
+1e-4; half the precision would halve the page and show another model's numbers.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -24,6 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from anatomy import FILTERS, compare, look
+from config import BUNDLED_CKPT
+from flags import normalise, parse_flags
 from generation import SamplingParams, generate
 from math_task import CountdownTask
 from pretrained import load_pretrained, locate_pretrained
@@ -34,27 +38,55 @@ PAGES = Path(__file__).resolve().parent / "pages"
 LIVE_PARAMETERS = 5_000_000  # a page with the weights of more would take a browser too long
 
 
-def explain(args: argparse.Namespace) -> dict:
+@dataclass
+class Options:
+    """Look inside a checkpoint: one text on its way through the model, as a page that needs no network, and as text."""
+
+    ckpt: str = BUNDLED_CKPT
+    """Checkpoint: a folder, the name of one under assets/ or models/, or a Hugging Face repo id."""
+    after: str | None = None
+    """A second checkpoint of the same model, such as one behind training, to compare with."""
+    prompt: str | None = None
+    """A question, put into the chat template; None: a Countdown problem."""
+    raw: bool = False
+    """Take the prompt as it is, without the chat template."""
+    new_tokens: int = 24
+    """Tokens that the model writes at temperature 0, to be looked at with the prompt."""
+    layers: tuple[int, ...] = ()
+    """Layers whose attention is shown; none: up to four."""
+    heads: tuple[int, ...] = ()
+    """Heads whose attention and rotation are shown; none: up to four."""
+    out: Path = Path("explain.html")
+    """The page."""
+    text: bool = False
+    """Print only, and write no page."""
+
+
+def explain(options: Options) -> dict:
     """All facts of the page. Raises ValueError or FileNotFoundError, each with one line."""
-    folder = locate_pretrained(args.ckpt)
+    folder = locate_pretrained(options.ckpt)
     model, tokenizer = load_pretrained(folder, torch.float32)
-    ids = tokenizer.encode(prompt_text(args, tokenizer))
+    small = sum(p.numel() for p in model.parameters()) <= LIVE_PARAMETERS
+    prompt = prompt_pieces(options, tokenizer, small)
+    ids = tokenizer.encode("".join(prompt))
     if not ids:
         raise ValueError("the prompt is empty; give --prompt a text")
-    text = ids + continuation(model, tokenizer, ids, args.new_tokens)
+    text = ids + continuation(model, tokenizer, ids, options.new_tokens)
+    shown = {"layers": options.layers, "heads": options.heads, "start": len(ids) - 1}
     facts = {
-        "names": [Path(args.ckpt).name], "config": model.config.to_dict(), "prompt_tokens": len(ids),
+        "names": [Path(options.ckpt).name], "config": model.config.to_dict(), "prompt_tokens": len(ids),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "looks": [look(model, tokenizer, text, layers=args.layers, heads=args.heads)],
+        "looks": [look(model, tokenizer, text, **shown)],
     }  # fmt: skip
     models = [model]
-    if args.after:
-        models.append(load_pretrained(locate_pretrained(args.after), torch.float32)[0])
-        facts["names"].append(Path(args.after).name)
+    if options.after:
+        models.append(load_pretrained(locate_pretrained(options.after), torch.float32)[0])
+        facts["names"].append(Path(options.after).name)
         facts["compare"] = compare(model, models[1], tokenizer, text, start=len(ids) - 1)
-        facts["looks"].append(look(models[1], tokenizer, text, layers=args.layers, heads=args.heads))
-    if facts["parameters"] <= LIVE_PARAMETERS:
-        facts["live"] = live(models, tokenizer, folder, args)
+        facts["looks"].append(look(models[1], tokenizer, text, **shown))
+    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if small and reads_like_qwen2(description):
+        facts["live"] = live(models, tokenizer, description, prompt)
     return facts
 
 
@@ -66,34 +98,41 @@ def continuation(model: Qwen2ForCausalLM, tokenizer: Tokenizer, ids: list[int], 
     return generate(model, [ids], greedy, tokenizer=tokenizer)[0].response_ids[:-1]
 
 
-def prompt_text(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
-    """The prompt as the model reads it: chat template, question, and the opening of the thought for Countdown."""
-    if args.raw:
-        return args.prompt or ""
-    if args.prompt is not None:
-        return tokenizer.render_chat([{"role": "user", "content": args.prompt}])
-    problem = countdown(args).problem([3, 5, 2], target=13)
-    return tokenizer.render_chat(problem.messages) + problem.response_prefix
+def prompt_pieces(options: Options, tokenizer: Tokenizer, small: bool) -> tuple[str, str, str]:
+    """The prompt as the model reads it: chat template, question, and the rest with the opening of the thought.
+
+    A small model is taken for the bundled one or its like: it knows the short form of Countdown's prompts only.
+    """
+    if options.raw:
+        return "", options.prompt or "", ""
+    problem = CountdownTask(prompt_style="short" if small else "full").problem([3, 5, 2], target=13)
+    messages = problem.messages if options.prompt is None else [{"role": "user", "content": options.prompt}]
+    opening = problem.response_prefix if small or options.prompt is None else ""
+    mark = "\ue000"  # where the reader's question goes: a letter that no template writes
+    before, _, after = tokenizer.render_chat([*messages[:-1], {"role": "user", "content": mark}]).partition(mark)
+    return before, messages[-1]["content"], after + opening
 
 
-def countdown(args: argparse.Namespace) -> CountdownTask:
-    return CountdownTask(prompt_style="short" if args.ckpt == "countdown-tiny" else "full")
+def reads_like_qwen2(description: dict) -> bool:
+    """Is this tokenizer.json of the kind that qwen2.js reads: NFC, one split, bytes as letters, merges?"""
+    normalizer, splits = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
+    kinds = [part.get("type") for part in splits.get("pretokenizers", [])]
+    model = description["model"]
+    plain = model.get("type") == "BPE" and not model.get("ignore_merges")
+    return plain and normalizer.get("type") == "NFC" and kinds == ["Split", "ByteLevel"]
 
 
-def live(models: list[Qwen2ForCausalLM], tokenizer: Tokenizer, folder: Path, args: argparse.Namespace) -> dict:
+def live(models: list[Qwen2ForCausalLM], tokenizer: Tokenizer, description: dict, prompt: tuple[str, str, str]) -> dict:
     """What qwen2.js needs: tokenizer, prompt around the question, and the weights as base64 of little-endian fp32."""
-    mark = "\ue000"
-    task = countdown(args)
-    prefix = task.problem([3, 5, 2], 13).response_prefix if args.prompt is None else ""
-    before, after = tokenizer.render_chat([{"role": "user", "content": mark}]).split(mark)
     names = sorted(dict(models[0].named_parameters()))
     return {
-        "tokenizer": json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")),
+        "tokenizer": description,
         "stop": list(tokenizer.eos_token_ids),
         "vocab_size": tokenizer.vocab_size,
-        "before": before,
-        "after": after + prefix,
-        "question": "[3, 5, 2] = 13" if args.prompt is None else args.prompt,
+        "before": prompt[0],
+        "question": prompt[1],
+        "after": prompt[2],
+        "frequencies": models[0].model.rope.compute_frequencies().tolist(),
         "shapes": [[name, list(models[0].get_parameter(name).shape)] for name in names],
         "weights": [base64_fp32(m.get_parameter(name) for name in names) for m in models],
     }
@@ -149,8 +188,12 @@ def print_text(facts: dict, console: Console) -> None:
     rows(console, "logit lens: next token by layer", ("before block", "likeliest"), [
         (x["layer"], "  ".join(f"{visible(t)} {p:.3f}" for t, p in x["last"])) for x in first["lens"]
     ])  # fmt: skip
-    rows(console, "next token", ("token", "logit", *FILTERS),
-         [(visible(t["text"]), t["logit"], *(f"{p:.3f}" for p in t["p"].values())) for t in first["next"]])  # fmt: skip
+    at, offset = first["shown"], len(first["tokens"]) - len(first["next"])
+    title = f"next token where the model is least sure, {place(first['tokens'], at)}"
+    rows(console, title, ("token", "logit", *FILTERS), [
+        (visible(t["text"]), t["logit"], *(f"{p:.3f}" if p else "-" for p in t["p"].values()))
+        for t in first["next"][at - offset]
+    ])  # fmt: skip
     if "compare" in facts:
         print_comparison(facts, console)
 
@@ -164,20 +207,27 @@ def print_comparison(facts: dict, console: Console) -> None:
         (f"{i} {visible(tokens[i]['text'])}", f"{moved['kl'][i]:.4f}",
          f"{moved['rise'][i + 1]:+.3f}" if i + 1 < len(tokens) else "") for i in order
     ])  # fmt: skip
-    rows(console, "next token", ("token", "before", "after"),
-         [(visible(t["text"]), f"{t['before']:.4f}", f"{t['after']:.4f}") for t in moved["next"]])  # fmt: skip
+    at, offset = moved["shown"], len(tokens) - len(moved["next"])
+    rows(console, f"next token where they differ most, {place(tokens, at)}", ("token", "before", "after"), [
+        (visible(t["text"]), f"{t['before']:.4f}", f"{t['after']:.4f}") for t in moved["next"][at - offset]
+    ])  # fmt: skip
     weights = sorted(moved["weights"], key=lambda w: -w["relative"])[:10]
     rows(console, "weights that moved most: |after - before| / |before|", ("weight", "moved by"),
          [(w["name"], f"{w['relative']:.2e}") for w in weights])  # fmt: skip
 
 
 def rows(console: Console, title: str, header: tuple, body: list[tuple]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    console.print(title, style="italic", markup=False)  # a table's own title would be as narrow as the table
+    table = Table(box=None, pad_edge=False)
     for name in header:
         table.add_column(name)
     for cells in body:
         table.add_row(*(Text(str(cell)) for cell in cells))
     console.print(table, "")
+
+
+def place(tokens: list[dict], at: int) -> str:
+    return f"after token {at} {visible(tokens[at]['text'])}"
 
 
 def strongest(weights: list[float], tokens: list[dict]) -> tuple[str, str]:
@@ -191,27 +241,26 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else "\u25a1" for c in shown)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default="countdown-tiny", help="folder, name under models/, or Hub id")
-    parser.add_argument("--after", help="a second checkpoint of the same model to compare with")
-    parser.add_argument("--prompt", help="a question, put into the chat template (default: a Countdown problem)")
-    parser.add_argument("--raw", action="store_true", help="take --prompt as it is, without the chat template")
-    parser.add_argument("--new-tokens", type=int, default=24, help="greedy tokens that are looked at with the prompt")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers whose attention is shown (default: four)")
-    parser.add_argument("--heads", type=int, nargs="+", help="heads whose attention is shown (default: four)")
-    parser.add_argument("--out", type=Path, default=Path("explain.html"), help="the page")
-    args = parser.parse_args(argv)
+def main(argv: list[str]) -> int:
     try:
-        facts = explain(args)
-        args.out.write_text(page(facts), encoding="utf-8")
+        options = parse_flags(Options, normalise(argv, {}))
+        if not (options.text or options.out.parent.is_dir()):
+            raise FileNotFoundError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+        facts = explain(options)
+        if not options.text:
+            options.out.write_text(page(facts), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"explain.py: {error}", file=sys.stderr)
         return 2
     print_text(facts, Console() if sys.stdout.isatty() else Console(width=160))
-    print(f"the page: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB, needs no network)")
+    if not options.text:
+        size = options.out.stat().st_size / 1e6
+        kind = (
+            "live" if "live" in facts else "not live: the model is too large for it, or its tokenizer of another kind"
+        )
+        print(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

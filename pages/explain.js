@@ -31,10 +31,28 @@ function fillTable(table, header, rows) {
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row))));
 }
 
+// Tokens as buttons; `choose(i)` when one is pressed. Where `can` says no, there is nothing to show of it.
+function tokenButtons(list, choose, can, dress = () => []) {
+  list.append(...LOOK.tokens.map((token, i) => {
+    const button = element("button", { type: "button" }, visible(token.text), ...dress(token, i));
+    button.disabled = !can(i);
+    button.addEventListener("click", () => choose(i));
+    return element("li", { class: i < FACTS.prompt_tokens ? "prompt" : "" }, button);
+  }));
+}
+
+function markChosen(list, index) {
+  [...list.children].forEach((item, i) => item.classList.toggle("chosen", i === index));
+}
+
 function drawTokens() {
-  byId("token-row").append(...LOOK.tokens.map((token, i) =>
-    element("li", { class: i < FACTS.prompt_tokens ? "prompt" : "", title: `token ${i}` },
-      visible(token.text), element("small", {}, String(token.id)))));
+  const first = LOOK.tokens.length - LOOK.next.length;
+  const choose = (i) => {
+    markChosen(byId("token-row"), i);
+    drawNext(i);
+  };
+  tokenButtons(byId("token-row"), choose, (i) => i >= first, (token) => [element("small", {}, String(token.id))]);
+  choose(LOOK.shown);
 }
 
 // Root mean square by norm, one line a kind, as the last token sees it.
@@ -73,16 +91,30 @@ function drawRope() {
 
 function heatmap(weights, tokens, hint) {
   const N = weights.length, cell = Math.max(2, Math.min(14, Math.floor(520 / N)));
-  const canvas = element("canvas", { width: N * cell, height: N * cell, tabindex: 0 });
+  const canvas = element("canvas", { width: N * cell, height: N * cell, tabindex: 0, role: "img",
+    "aria-label": "attention map; the arrow keys move over it" });
   const pen = canvas.getContext("2d"), colour = getComputedStyle(document.documentElement).getPropertyValue("--hue");
   weights.forEach((row, i) => row.forEach((w, j) => {
     pen.fillStyle = `rgba(${colour}, ${Math.sqrt(w)})`; // the root: small weights are seen, too
     pen.fillRect(j * cell, i * cell, cell, cell);
   }));
+  let at = [N - 1, 0];
+  const say = (i, j) => {
+    if (j < 0 || j > i || i >= N) return;
+    at = [i, j];
+    hint.textContent = `${i} ${visible(tokens[i].text)} looks at ${j} ${visible(tokens[j].text)}: ${weights[i][j].toFixed(3)}`;
+  };
   canvas.addEventListener("pointermove", (event) => {
-    const scale = N / canvas.clientWidth, i = Math.floor(event.offsetY * scale), j = Math.floor(event.offsetX * scale);
-    if (j <= i && i < N && j >= 0)
-      hint.textContent = `${i} ${visible(tokens[i].text)} looks at ${j} ${visible(tokens[j].text)}: ${weights[i][j].toFixed(3)}`;
+    const scale = N / canvas.clientWidth;
+    say(Math.floor(event.offsetY * scale), Math.floor(event.offsetX * scale));
+  });
+  const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  canvas.addEventListener("focus", () => say(...at));
+  canvas.addEventListener("keydown", (event) => {
+    const step = arrows[event.key];
+    if (!step) return;
+    event.preventDefault();
+    say(at[0] + step[0], at[1] + step[1]);
   });
   return canvas;
 }
@@ -96,6 +128,7 @@ function drawAttention() {
   const draw = () => maps.replaceChildren(...FACTS.looks.map((look, i) => element("div", {},
     element("h3", {}, FACTS.names[i]), heatmap(look.attention[select.value], look.tokens, byId("attention-hint")))));
   select.addEventListener("change", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   draw();
 }
 
@@ -107,24 +140,35 @@ function drawLens() {
       `after token ${last + i} ${visible(tokens[i].text)}: ${visible(text)} ${percent(p)}` }, visible(text)))]));
 }
 
-function drawNext() {
-  const settings = Object.keys(LOOK.next[0].p);
-  fillTable(byId("next-table"), ["token", "id", "logit", ...settings], LOOK.next.map((t) => [
+function drawNext(position) {
+  const choices = LOOK.next[position - LOOK.tokens.length + LOOK.next.length], settings = Object.keys(choices[0].p);
+  for (const place of document.querySelectorAll(".place"))
+    place.textContent = `token ${position}, ${visible(LOOK.tokens[position].text)}`;
+  fillTable(byId("next-table"), ["token", "id", "logit", ...settings], choices.map((t) => [
     element("th", {}, visible(t.text)), element("td", { class: "n" }, String(t.id)),
     element("td", { class: "n" }, t.logit.toFixed(2)),
     ...settings.map((s) => element("td", { class: "n", style: shade(t.p[s] * 0.7) }, percent(t.p[s])))]));
 }
 
+// Item i stands for the choice of token i, which was made behind token i - 1; the last one's is not in the row.
 function drawComparison() {
-  const moved = FACTS.compare, top = Math.max(...moved.kl, 1e-9);
-  byId("rise-row").append(...LOOK.tokens.map((token, i) => {
-    const kl = i ? moved.kl[i - 1] : 0, rise = moved.rise[i];
-    const bar = element("span", { style: `display:block;height:${(14 * kl) / top}px;background:var(--soft)` });
-    return element("li", { style: shade(Math.abs(rise) / 2, rise > 0 ? "--up" : "--down"), title:
-      `log-probability ${rise >= 0 ? "+" : ""}${rise}, KL ${kl}` }, bar, visible(token.text));
-  }));
-  fillTable(byId("moved-next"), ["token", "before", "after"], moved.next.map((t) => [element("th", {}, visible(t.text)),
-    element("td", { class: "n" }, percent(t.before)), element("td", { class: "n" }, percent(t.after))]));
+  const moved = FACTS.compare, top = Math.max(...moved.kl, 1e-9), first = LOOK.tokens.length - moved.next.length;
+  const row = byId("rise-row");
+  const choose = (i) => {
+    markChosen(row, i);
+    byId("moved-place").textContent = i < LOOK.tokens.length ? `token ${i}, ${visible(LOOK.tokens[i].text)}` : "the token that follows";
+    fillTable(byId("moved-next"), ["token", "before", "after"], moved.next[i - 1 - first].map((t) => [
+      element("th", {}, visible(t.text)), element("td", { class: "n" }, percent(t.before)),
+      element("td", { class: "n" }, percent(t.after))]));
+  };
+  tokenButtons(row, choose, (i) => i - 1 >= first, (token, i) => [element("span", { class: "kl",
+    style: `height:${i ? (14 * moved.kl[i - 1]) / top : 0}px` })]);
+  [...row.children].forEach((item, i) => {
+    const rise = moved.rise[i];
+    item.setAttribute("style", shade(Math.min(0.55, Math.abs(rise) / 2), rise > 0 ? "--up" : "--down"));
+    item.title = `log-probability ${rise >= 0 ? "+" : ""}${rise}, KL ${i ? moved.kl[i - 1] : 0}`;
+  });
+  choose(moved.shown + 1);
   const inLayers = moved.weights.filter((w) => w.name.includes(".layers."));
   const kinds = [...new Set(inLayers.map((w) => w.name.split(".").slice(3).join(".").replace("self_attn.", "").replace("mlp.", "")))];
   const layers = FACTS.config.num_hidden_layers, most = Math.max(...moved.weights.map((w) => w.relative), 1e-12);
@@ -139,5 +183,4 @@ drawNorms();
 drawRope();
 drawAttention();
 drawLens();
-drawNext();
 if (FACTS.compare) drawComparison();

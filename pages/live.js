@@ -3,7 +3,7 @@
 
 const LIVE = FACTS.live;
 const BPE_TOKENIZER = new BPE(LIVE.tokenizer);
-const MODELS = LIVE.weights.map((weights) => new Qwen2(FACTS.config, LIVE.shapes, weights));
+const MODELS = LIVE.weights.map((weights) => new Qwen2(FACTS.config, LIVE, weights));
 const MAX_TOKENS = 240;
 
 // One checkpoint at work: its tokens, what happened at each, and where it draws them.

@@ -1,13 +1,14 @@
 // Qwen2 in plain JavaScript: the forward pass with a cache, the tokenizer and the sampler of this project's Python, for a
 // model small enough to live in a page. One token at a time, fp32 like the weights; every loop is the textbook's.
 //
-//   const model = new Qwen2(config, shapes, base64);      // weights: little-endian fp32, in the order of `shapes`
+//   const model = new Qwen2(config, live, live.weights[0]);  // weights: base64 of little-endian fp32, in the order of
+//                                                            // live.shapes; live.frequencies: radians a token
 //   const cache = model.newCache();
 //   const { logits, trace } = model.step(id, cache);      // trace: what happened inside, for the page
 "use strict";
 
 class Qwen2 {
-  constructor(config, shapes, base64) {
+  constructor(config, { shapes, frequencies }, base64) {
     this.config = config;
     const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
     const view = new Float32Array(bytes.buffer);
@@ -18,8 +19,7 @@ class Qwen2 {
       this.weights[name] = view.subarray(start, start + size);
       start += size;
     }
-    const K = config.head_dim;
-    this.frequencies = Array.from({ length: K / 2 }, (_, i) => Math.fround(config.rope_theta ** ((-2 * i) / K)));
+    this.frequencies = frequencies;
   }
 
   newCache() {
@@ -38,13 +38,16 @@ class Qwen2 {
     return y;
   }
 
-  // x / sqrt(mean(x^2) + eps) * weight
+  // x / sqrt(mean(x^2) + eps) * weight; a head at a time where the weight is as long as a head (Qwen3's q_norm, k_norm)
   norm(name, x) {
-    const weight = this.weights[name + ".weight"];
-    let squares = 0;
-    for (const v of x) squares += v * v;
-    const scale = 1 / Math.sqrt(squares / x.length + this.config.rms_norm_eps);
-    return x.map((v, i) => v * scale * weight[i]);
+    const weight = this.weights[name + ".weight"], y = new Float32Array(x.length);
+    for (let start = 0; start < x.length; start += weight.length) {
+      let squares = 0;
+      for (let i = 0; i < weight.length; i++) squares += x[start + i] * x[start + i];
+      const scale = 1 / Math.sqrt(squares / weight.length + this.config.rms_norm_eps);
+      for (let i = 0; i < weight.length; i++) y[start + i] = x[start + i] * scale * weight[i];
+    }
+    return y;
   }
 
   // turn each pair (i, i + K/2) of every head by position * frequency
@@ -64,8 +67,12 @@ class Qwen2 {
   attention(layer, x, cache, trace) {
     const { num_attention_heads: H, num_key_value_heads: G, head_dim: K } = this.config;
     const name = `model.layers.${layer}.self_attn`, { k: keys, v: values } = cache.layers[layer];
-    const q = this.rotate(this.linear(name + ".q_proj", x), cache.length);
-    keys.push(this.rotate(this.linear(name + ".k_proj", x), cache.length));
+    const [unturned, key] = ["q", "k"].map((which) => {
+      const y = this.linear(`${name}.${which}_proj`, x), norm = `${name}.${which}_norm`;
+      return this.weights[norm + ".weight"] ? this.norm(norm, y) : y;
+    });
+    const q = this.rotate(unturned, cache.length);
+    keys.push(this.rotate(key, cache.length));
     values.push(this.linear(name + ".v_proj", x));
     const z = new Float32Array(H * K), scores = [], weights = [];
     for (let h = 0; h < H; h++) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -14,49 +13,9 @@ import anatomy
 import explain
 from attention import KVCache, PrefillAttention
 from generation import SamplingParams
-from pretrained import load_pretrained, locate_pretrained
-from tokenizer import Tokenizer
+from pretrained import load_pretrained
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TEXTS = [
-    "[3, 5, 2] = 13",
-    "<|im_start|>user\n[7, 7] = 49<|im_end|>\n<think>",
-    "  two  blanks\n\n and lines \r\n",
-    "don't WE'LL it's",
-    "naïve café ½ ²",
-    "Привет, мир! 你好世界 🙂👍🏽",
-    "a\u0301 b\ufeffc\u00a0d",
-    "x" * 50,
-    "",
-    "<answer></answer><|endoftext|>>",
-    "1234567",
-]
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_pretrained(locate_pretrained("countdown-tiny"), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A second checkpoint: the bundled one, a little further on."""
-    folder = tmp_path_factory.mktemp("after") / "after"
-    shutil.copytree(locate_pretrained("countdown-tiny"), folder)
-    model, _ = load_pretrained(folder, torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory, trained):
-    path = tmp_path_factory.mktemp("page") / "page.html"
-    assert explain.main(["--after", str(trained), "--out", str(path)]) == 0
-    return path
+pytest_plugins = ["explain_fixtures"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +25,7 @@ def page_file(tmp_path_factory, trained):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_word_embeddings": False}, {"model_type": "qwen3", "qk_norm": True, "attention_bias": False},
-     {"model_type": "llama", "attention_bias": False}],
+     {"model_type": "llama", "attention_bias": False}, {"model_type": "llama", "attention_bias": True}],
 )  # fmt: skip
 def test_the_parts_hold_every_parameter_once(changes):
     model = make_model(**changes)
@@ -94,11 +53,31 @@ def test_the_facts_of_a_text(tiny):
         assert all(math.isclose(sum(row), 1, abs_tol=0.02) for row in rows)
     with torch.no_grad():
         p = model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].softmax(-1)
-    first = facts["next"][0]
+    first = facts["next"][-1][0]
     assert first["id"] == int(p.argmax())
     assert math.isclose(first["p"]["T = 1"], float(p.max()), rel_tol=1e-3)
     text, share = facts["lens"][-1]["last"][0]
     assert (text, share) == (first["text"], pytest.approx(first["p"]["T = 1"], rel=1e-3))
+
+
+def test_next_tokens_of_every_position_and_the_least_sure_one(tiny):
+    model, tokenizer = tiny
+    ids = tokenizer.encode("[3, 5, 2] = 13 5*2=10")
+    facts = anatomy.look(model, tokenizer, ids, start=6)
+    p = model(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].softmax(-1)
+    assert [rows[0]["id"] for rows in facts["next"]] == p.argmax(-1).tolist()
+    entropy = -(p * p.log()).sum(-1)
+    assert facts["shown"] == 6 + int(entropy[6:].argmax())
+
+
+def test_a_long_text_has_the_tables_of_its_end(tiny):
+    model, tokenizer = tiny
+    ids = tokenizer.encode("1+2=3," * 20)
+    facts = anatomy.look(model, tokenizer, ids, start=2)
+    assert len(facts["next"]) == anatomy.LENS_TOKENS < len(ids)
+    assert len(ids) - anatomy.LENS_TOKENS <= facts["shown"] < len(ids)
+    moved = anatomy.compare(model, model, tokenizer, ids, start=2)
+    assert len(moved["next"]) == anatomy.LENS_TOKENS
 
 
 def test_the_cache_grows_by_the_bytes_it_says(tiny):
@@ -132,14 +111,14 @@ def test_rope_turns_before_into_after_by_the_angle(changes):
 
 
 def test_filters_are_those_of_the_sampler():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     p = logits.softmax(-1)
     torch.testing.assert_close(anatomy.probabilities(logits, SamplingParams(), 4), p)
     torch.testing.assert_close(
         anatomy.probabilities(logits, SamplingParams(temperature=0.5), 4), (2 * logits).softmax(-1)
     )
     kept = anatomy.probabilities(logits, SamplingParams(top_k=2), 4)
-    torch.testing.assert_close(kept, torch.tensor([p[0], p[1], 0, 0]) / (p[0] + p[1]))
+    torch.testing.assert_close(kept, torch.tensor([[p[0, 0], p[0, 1], 0, 0]]) / (p[0, 0] + p[0, 1]))
     assert (anatomy.probabilities(logits, SamplingParams(), 3) > 0).sum() == 3
 
 
@@ -155,10 +134,16 @@ def test_what_moved_between_two_checkpoints(tiny, trained):
     ids = tokenizer.encode("[3, 5, 2] = 13")
     moved = anatomy.compare(model, other, tokenizer, ids, start=4)
     old, new = (m(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].log_softmax(-1) for m in (model, other))
+    old, new = old.detach(), new.detach()
     kl = (new.exp() * (new - old)).sum(-1)
     assert moved["kl"] == pytest.approx(kl.tolist(), rel=1e-2, abs=1e-4)
     assert moved["mean_kl"] == pytest.approx(float(kl[4:].mean().detach()), rel=1e-2)
-    assert moved["rise"][3] == pytest.approx(float(new[2, ids[3]] - old[2, ids[3]]), rel=1e-2, abs=1e-4)
+    assert moved["rise"][3] == pytest.approx(float((new - old)[2, ids[3]].detach()), rel=1e-2, abs=1e-4)
+    assert moved["shown"] == 4 + int(kl[4:].argmax())
+    change = (new.exp() - old.exp())[moved["shown"]]
+    rows = moved["next"][moved["shown"]]
+    assert rows[0]["after"] - rows[0]["before"] == pytest.approx(float(change.max()), rel=1e-2)
+    assert rows[-1]["after"] - rows[-1]["before"] == pytest.approx(float(change.min()), rel=1e-2)
     name = "model.layers.1.mlp.up_proj.weight"
     a, b = model.get_parameter(name), other.get_parameter(name)
     found = next(w["relative"] for w in moved["weights"] if w["name"] == name)
@@ -177,10 +162,12 @@ def test_different_models_are_not_compared(tiny):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [(["--layers", "9"], "the model has layers 0 to 3"), (["--ckpt", "no/such"], "no/such"),
-     (["--raw", "--prompt", ""], "the prompt is empty")],
+     (["--raw", "--prompt", ""], "the prompt is empty"), (["--layrs", "1"], "the nearest known one is --layers"),
+     (["--heads", "one"], "--heads"), (["--prompt"], "--prompt"), (["--after", "no/such"], "no/such"),
+     (["--out", "no/folder/x.html"], "no folder no/folder")],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys):
-    assert explain.main([*argv, "--out", str(tmp_path / "x.html")]) == 2
+    assert explain.main(["--out", str(tmp_path / "x.html"), *argv]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -202,6 +189,23 @@ def test_the_text_says_what_the_page_says(tmp_path, capsys):
         assert part in said
 
 
+def test_text_only_writes_no_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert explain.main(["--text", "--new-tokens", "2"]) == 0
+    assert "logit lens" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bundled_model_reads_the_prompt_it_was_trained_on_wherever_it_lies(tiny, trained):
+    """By name or by folder, a Countdown problem or one's own: the short form, and the thought is opened."""
+    for ckpt in ("countdown-tiny", str(trained)):
+        own = explain.prompt_pieces(explain.Options(ckpt=ckpt, prompt="[3, 5, 2] = 13"), tiny[1], small=True)
+        assert own == explain.prompt_pieces(explain.Options(ckpt=ckpt), tiny[1], small=True)
+        task = explain.CountdownTask(prompt_style="short")
+        problem = task.problem([3, 5, 2], 13)
+        assert "".join(own) == tiny[1].render_chat(problem.messages) + problem.response_prefix
+
+
 def test_a_text_cannot_become_markup(tmp_path):
     path = tmp_path / "x.html"
     evil = "</script><img src=x onerror=alert(1)>"
@@ -210,126 +214,3 @@ def test_a_text_cannot_become_markup(tmp_path):
     assert "<img" not in page
     start = page.index('type="application/json">') + len('type="application/json">')
     assert json.loads(page[start : page.index("</script>", start)])["live"]["question"] == evil
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The live page, in a browser
-
-
-@pytest.fixture(scope="module")
-def page(page_file):
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.troubles, page.requests = [], []
-        page.on("pageerror", lambda error: page.troubles.append(str(error)))
-        page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.goto(page_file.as_uri())
-        yield page
-        browser.close()
-
-
-def test_the_page_asks_nobody_for_anything(page, page_file):
-    assert page.requests == [page_file.as_uri()]
-    assert not page.troubles
-
-
-def test_the_pages_tokenizer_gives_the_same_ids(page):
-    tokenizer = Tokenizer.from_pretrained(locate_pretrained("countdown-tiny"))
-    for text in TEXTS:
-        ids = page.evaluate("text => BPE_TOKENIZER.encode(text)", text)
-        assert ids == tokenizer.encode(text), text
-        assert page.evaluate("ids => BPE_TOKENIZER.decode(ids)", ids) == tokenizer.decode(
-            ids, skip_special_tokens=False
-        )
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_pages_logits_are_pytorchs(page, tiny, trained, number):
-    model = (tiny[0], load_pretrained(trained, torch.float32)[0])[number]
-    ids = tiny[1].encode("<|im_start|>user\n[17, 3, 5, 2] = 13<|im_end|>\n<|im_start|>assistant\n<think>\n17-3=14,")
-    script = """([number, ids]) => {
-        const model = MODELS[number], cache = model.newCache();
-        return ids.map((id) => Array.from(model.step(id, cache).logits));
-    }"""
-    logits = torch.tensor(page.evaluate(script, [number, ids]))
-    torch.testing.assert_close(logits, model(torch.tensor([ids]))[0], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.5}, {"temperature": 1.7, "top_k": 3}, {"top_p": 0.8},
-     {"temperature": 0.7, "top_k": 9, "top_p": 0.6}],
-)  # fmt: skip
-def test_the_page_draws_from_the_same_probabilities(page, settings):
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 2
-    names = {"temperature": "temperature", "top_k": "topK", "top_p": "topP"}
-    asked = {names[k]: v for k, v in settings.items()}
-    p = page.evaluate("([logits, asked]) => filtered(logits, asked, 48)", [logits.tolist(), asked])
-    expected = anatomy.probabilities(logits, SamplingParams(**settings), 48)
-    torch.testing.assert_close(torch.tensor(p), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_the_page_draws_each_token_as_often_as_it_is_likely(page):
-    script = """() => {
-        const random = uniforms(3), counts = [0, 0, 0, 0];
-        for (let i = 0; i < 20000; i++) counts[draw([0.5, 0, 0.3, 0.2], random())] += 1;
-        return counts;
-    }"""
-    counts = page.evaluate(script)
-    assert counts[1] == 0
-    assert [c / 20000 for c in counts] == pytest.approx([0.5, 0, 0.3, 0.2], abs=0.02)
-
-
-def test_one_types_a_problem_and_both_models_answer(page):
-    page.fill("#question", "[2, 3] = 6")
-    page.locator("#temperature").fill("0")
-    page.click("#run")
-    page.locator(".thinker .hint").first.filter(has_text="=").wait_for(timeout=30_000)
-    page.locator("#run", has_text="Think").wait_for(timeout=30_000)
-    answers = page.evaluate("THINKERS.map((thinker) => thinker.text())")
-    model, tokenizer = load_pretrained(locate_pretrained("countdown-tiny"), torch.float32)
-    problem = explain.CountdownTask(prompt_style="short").problem([2, 3], 6)
-    prompt = tokenizer.render_chat(problem.messages) + problem.response_prefix
-    greedy = SamplingParams(max_new_tokens=60, temperature=0.0)
-    ids = explain.generate(model, [prompt], greedy, tokenizer=tokenizer)[0].response_ids
-    assert answers[0] == tokenizer.decode(ids, skip_special_tokens=False)
-    assert len(answers) == 2
-    assert not page.troubles
-
-
-def test_the_temperature_flattens_the_bars_at_once(page):
-    def widest() -> float:
-        return page.evaluate("parseFloat(document.querySelector('.bars .track span').style.width)")
-
-    page.locator("#temperature").fill("0")
-    assert widest() == 100
-    page.locator("#temperature").fill("2")
-    assert widest() < 100
-
-
-def test_a_chosen_cell_shows_its_sum(page):
-    page.locator(".thinker .tokens button").nth(5).click()
-    page.locator("#microscope td").nth(8).click()
-    said = page.locator("#microscope .sum").inner_text()
-    assert "score  = q · k / √32" in said
-    assert page.locator(".tokens li.chosen").count() == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("(5*2)+3", 13), ("7-2-1", 4), ("8/4/2", 1), ("2+3*4", 14), ("2+", None), ("alert(1)", None), ("((1)", None),
-     ("1/0", None), ("", None)],
-)  # fmt: skip
-def test_the_page_reads_sums_and_nothing_else(page, text, value):
-    assert page.evaluate("text => calculate(text)", text) == value
-
-
-@pytest.mark.parametrize("width", [390, 1400])
-def test_the_page_fits_its_window(page, width):
-    page.set_viewport_size({"width": width, "height": 900})
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
