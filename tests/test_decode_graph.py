@@ -84,6 +84,7 @@ def test_replays_change_nothing_but_numbers(tokenizer):
     before = {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in state(decoder).items()}
     decoder.run()
     assert len(decoder.recorder.replays) > 0
+    assert (decoder.cache.lengths[: decoder.cache.n_rows] == 0).all(), "an idle row grows beyond its room"
     after = {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in state(decoder).items()}
     assert before == after
     assert len(before) > 12
