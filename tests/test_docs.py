@@ -235,3 +235,25 @@ def test_transport_reaches_the_hidden_states_and_not_the_head():
     losses.transport_cost(new, old, window=2).backward()
     assert new.grad.abs().max() > 0
     assert old.grad is None
+
+
+def test_the_figure_of_optimal_transport_is_what_the_page_says(tmp_path):
+    """Its plan is the loss's own, finds the moved steps, and its numbers are those of the page."""
+    spec = importlib.util.spec_from_file_location("illustrations", ROOT / "docs" / "illustrations.py")
+    illustrations = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(illustrations)
+    c = illustrations.compare()
+    assert sorted(c.tokens) == sorted(c.reordered) != c.reordered
+    cut, again = c.tokens.index("\n") + 1, c.reordered.index("\n") + 1
+    first, second = c.plan[:cut, again : again + cut], c.plan[cut : cut + again, :again]
+    assert min(block.diagonal().mean() for block in (first, second)) > 0.65
+    assert [round(x.sum().item(), 1) for x in (c.unmoved, c.moved)] == [10.5, 0.7]
+    assert c.rigid.sum().item() == pytest.approx(134, abs=1)
+
+    torch.manual_seed(0)
+    new, old = torch.randn(2, 6, 8)
+    cost = 1 - torch.nn.functional.normalize(new, dim=-1) @ torch.nn.functional.normalize(old, dim=-1).T
+    mine = (illustrations.sinkhorn(cost) * cost).sum() / 6
+    torch.testing.assert_close(mine, losses.transport_cost(new, old, window=6, iterations=200), rtol=1e-4, atol=1e-5)
+    illustrations.draw(c, tmp_path / "images" / "figure.png")
+    assert (tmp_path / "images" / "figure.png").stat().st_size > 10_000
