@@ -150,7 +150,7 @@ def base64_fp32(tensors) -> str:
 def page(facts: dict) -> str:
     """One HTML file with everything in it. Texts of the model are data: they never become markup."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
-    scripts = ["explain.js"] + (["qwen2.js", "live.js"] if "live" in facts else [])
+    scripts = ["explain.js"] + (["qwen2.js", "arithmetic.js", "live.js"] if "live" in facts else [])
     return environment.get_template("explain.html").render(
         facts=facts,
         style=(PAGES / "explain.css").read_text(encoding="utf-8"),

@@ -111,41 +111,51 @@ function calculate(text) {
   return at === tokens.length && Number.isFinite(value) ? value : null;
 }
 
-// Everything about one token: attention by head, logit lens, and one weight of attention worked out.
+// Everything about one token: attention by head, its way through a block with the sums, and the logit lens.
+const CHOSEN = { thinker: null, index: 0, layer: 0, head: 0, open: new Set() };
+
 function inspect(thinker, index) {
+  Object.assign(CHOSEN, { thinker, index });
   THINKERS.forEach((t) => [...t.tokens.children].forEach((li, i) => li.classList.toggle("chosen", t === thinker && i === index)));
-  const step = thinker.steps[index], row = element("div", { class: "scroll" }), table = element("table", { class: "lens" });
-  const label = (i) => visible(BPE_TOKENIZER.decode([thinker.steps[i].id]));
-  const sum = element("div", { class: "sum" });
-  const work = (layer, head, t) => {
-    const { scores, weights } = step.trace.layers[layer], K = FACTS.config.head_dim;
-    const total = scores[head].reduce((a, s) => a + Math.exp(s), 0);
-    sum.textContent = [
-      `layer ${layer}, head ${head}: ${label(index)} (token ${index}) looks at ${label(t)} (token ${t})`,
-      `score  = q · k / √${K} = ${(scores[head][t] * Math.sqrt(K)).toFixed(4)} / ${Math.sqrt(K).toFixed(4)} = ${scores[head][t].toFixed(4)}`,
-      `weight = exp(score) / Σ exp(scores) = ${Math.exp(scores[head][t]).toFixed(4)} / ${total.toFixed(4)} = ${weights[head][t].toFixed(4)}`,
-    ].join("\n");
-  };
-  const rows = step.trace.layers.flatMap((attention, layer) => attention.weights.map((weights, head) => [
-    element("th", {}, `layer ${layer}, head ${head}`),
-    ...weights.map((w, t) => {
-      const cell = element("td", { style: shade(Math.sqrt(w)), title: `${label(t)}: ${w.toFixed(3)}` }, label(t));
-      cell.addEventListener("click", () => work(layer, head, t));
-      return cell;
-    })]));
-  fillTable(table, [], rows);
-  row.append(table);
-  const first = step.trace.layers[0].weights[0];
-  work(0, 0, first.indexOf(Math.max(...first)));
-  const lens = element("table");
-  fillTable(lens, ["read after", "likeliest next tokens"], step.trace.residual.map((x, layer) => {
+  drawLooks();
+  drawWay();
+  const lens = byId("live-lens");
+  fillTable(lens, ["read after", "likeliest next tokens"], thinker.steps[index].trace.residual.map((x, layer) => {
     const p = softmax(Array.from(thinker.model.read(x)).slice(0, LIVE.vocab_size));
     const order = p.map((_, i) => i).sort((a, b) => p[b] - p[a]).slice(0, 4);
     return [element("th", {}, layer ? `block ${layer - 1}` : "embedding"),
-      element("td", {}, order.map((i) => `${visible(BPE_TOKENIZER.decode([i]))} ${percent(p[i])}`).join("   "))];
+      ...order.map((i) => element("td", { style: shade(p[i] * 0.7) }, `${visible(BPE_TOKENIZER.decode([i]))} ${percent(p[i])}`))];
   }));
-  byId("microscope").replaceChildren(row, element("p", { class: "hint" }, "Choose a cell to see its sum."), sum,
-    element("h3", {}, "Logit lens"), element("div", { class: "scroll" }, lens));
+}
+
+const labelOf = (t) => visible(BPE_TOKENIZER.decode([CHOSEN.thinker.steps[t].id]));
+
+// A row a head; its button chooses the head whose sums are shown.
+function drawLooks() {
+  const step = CHOSEN.thinker.steps[CHOSEN.index];
+  fillTable(byId("looks"), [], step.trace.layers.flatMap(({ weights }, layer) => weights.map((row, head) => {
+    const button = element("button", { type: "button" }, `layer ${layer}, head ${head}`);
+    button.addEventListener("click", () => {
+      Object.assign(CHOSEN, { layer, head });
+      drawWay();
+    });
+    return [element("th", {}, button),
+      ...row.map((w, t) => element("td", { style: shade(Math.sqrt(w) * 0.8), title: `${labelOf(t)}: ${w.toFixed(3)}` }, labelOf(t)))];
+  })));
+}
+
+function drawWay() {
+  const { thinker, index, layer, head, open } = CHOSEN;
+  [...byId("looks").querySelectorAll("button")].forEach((button, i) =>
+    button.setAttribute("aria-pressed", String(i === layer * FACTS.config.num_attention_heads + head)));
+  byId("way-title").textContent = `Token ${index}, ${labelOf(index)}: layer ${layer}, head ${head}`;
+  byId("way").replaceChildren(...wayThrough(thinker.model, thinker.steps, thinker.cache, index, layer, head, labelOf).map((stage, i) => {
+    const details = element("details", {}, element("summary", {}, element("b", {}, stage.name), " ",
+      element("code", {}, stage.shape), " ", element("span", { class: "hint" }, stage.gist)), element("div", { class: "sum" }, stage.lines.join("\n")));
+    details.open = open.has(i);
+    details.addEventListener("toggle", () => (details.open ? open.add(i) : open.delete(i)));
+    return details;
+  }));
 }
 
 const THINKERS = MODELS.map((model, i) => new Thinker(model, FACTS.names[i]));
@@ -166,7 +176,7 @@ function stop() {
 }
 
 function think() {
-  const more = THINKERS.map((thinker) => thinker.advance()).some(Boolean);
+  const more = THINKERS.map((thinker) => thinker.advance()).some(Boolean); // each token draws a frame: one sees it think
   if (more) running = requestAnimationFrame(think);
   else stop();
 }
@@ -189,6 +199,7 @@ for (const name of ["temperature", "topk", "topp"]) {
     const value = Number(byId(name).value);
     byId(name + "-value").textContent = name === "topk" && value === 0 ? "off" : String(value);
     THINKERS.forEach((thinker) => thinker.showNext());
+    drawWay();
   };
   byId(name).addEventListener("input", show);
 }

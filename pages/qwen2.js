@@ -63,16 +63,18 @@ class Qwen2 {
     return y;
   }
 
+  // Queries or keys before they are turned; Qwen3 norms them
+  project(name, which, x) {
+    const y = this.linear(`${name}.${which}_proj`, x), norm = `${name}.${which}_norm`;
+    return this.weights[norm + ".weight"] ? this.norm(norm, y) : y;
+  }
+
   // One token's attention over the cache: its new key and value are put there first.
   attention(layer, x, cache, trace) {
     const { num_attention_heads: H, num_key_value_heads: G, head_dim: K } = this.config;
     const name = `model.layers.${layer}.self_attn`, { k: keys, v: values } = cache.layers[layer];
-    const [unturned, key] = ["q", "k"].map((which) => {
-      const y = this.linear(`${name}.${which}_proj`, x), norm = `${name}.${which}_norm`;
-      return this.weights[norm + ".weight"] ? this.norm(norm, y) : y;
-    });
-    const q = this.rotate(unturned, cache.length);
-    keys.push(this.rotate(key, cache.length));
+    const q = this.rotate(this.project(name, "q", x), cache.length);
+    keys.push(this.rotate(this.project(name, "k", x), cache.length));
     values.push(this.linear(name + ".v_proj", x));
     const z = new Float32Array(H * K), scores = [], weights = [];
     for (let h = 0; h < H; h++) {
@@ -87,21 +89,26 @@ class Qwen2 {
     return this.linear(name + ".o_proj", z);
   }
 
-  // down(silu(gate(x)) * up(x))
-  mlp(layer, x) {
+  // silu(gate(x)) * up(x)
+  swiglu(layer, x) {
     const name = `model.layers.${layer}.mlp`;
     const gate = this.linear(name + ".gate_proj", x), up = this.linear(name + ".up_proj", x);
-    return this.linear(name + ".down_proj", gate.map((g, i) => (g / (1 + Math.exp(-g))) * up[i]));
+    return { gate, up, act: gate.map((g, i) => (g / (1 + Math.exp(-g))) * up[i]) };
+  }
+
+  mlp(layer, x) {
+    return this.linear(`model.layers.${layer}.mlp.down_proj`, this.swiglu(layer, x).act);
   }
 
   // One token through the model: logits [V] of the next one, and what happened inside.
   step(id, cache) {
-    const D = this.config.hidden_size, trace = { layers: [], residual: [] };
+    const D = this.config.hidden_size, trace = { layers: [], residual: [], between: [] };
     let x = this.weights["model.embed_tokens.weight"].slice(id * D, (id + 1) * D);
     for (let layer = 0; layer < this.config.num_hidden_layers; layer++) {
       const name = `model.layers.${layer}`;
       trace.residual.push(x);
       x = add(x, this.attention(layer, this.norm(name + ".input_layernorm", x), cache, trace));
+      trace.between.push(x); // the residual stream between the two halves of the block
       x = add(x, this.mlp(layer, this.norm(name + ".post_attention_layernorm", x)));
     }
     trace.residual.push(x);

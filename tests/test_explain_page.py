@@ -126,12 +126,57 @@ def test_the_temperature_flattens_the_bars_at_once(page):
     assert widest() < 100
 
 
-def test_a_chosen_cell_shows_its_sum(page):
+def test_every_stage_of_the_way_is_pytorchs(page, tiny):
+    """From overview to arithmetic: what the page works out for a token, layer and head is what `record` finds there."""
+    model, _ = tiny
+    page.evaluate("stop(), restart()")
+    layer, head, index, K = 2, 3, 11, model.config.head_dim
+    stages = page.evaluate(
+        """([layer, head, index]) => {
+            const t = THINKERS[0], way = wayThrough(t.model, t.steps, t.cache, index, layer, head, () => "");
+            return way.map((stage) => [stage.name, Array.from(stage.value)]);
+        }""",
+        [layer, head, index],
+    )
+    trace = anatomy.record(model, page.evaluate("THINKERS[0].steps.map((step) => step.id)"))
+    block, attn, own = f"model.layers.{layer}", f"model.layers.{layer}.self_attn", slice(head * K, (head + 1) * K)
+    before = trace[f"model.layers.{layer - 1}"][index]
+    expected = {
+        "Residual stream": before,
+        "RMSNorm": trace[f"{block}.input_layernorm"][index],
+        "Query": trace[f"{attn}.q_proj"][index, own],
+        "RoPE": trace[f"{attn}.q"][index, head],
+        "Attention weights": trace[f"{attn}.weights"][head, index, : index + 1],
+        "Weighted values": trace[f"{attn}.z"][index, head],
+        "o_proj, added": before + trace[attn][index],
+        "RMSNorm again": trace[f"{block}.post_attention_layernorm"][index],
+        "SwiGLU": trace[f"{block}.mlp.act"][index],
+        "down_proj, added": trace[block][index],
+        "Final norm": trace["model.norm"][index],
+        "Logits": trace["logits"][index],
+    }
+    assert [name for name, _ in stages] == [name.removesuffix(" again") for name in expected] + ["Sampler"]
+    for (name, found), tensor in zip(stages, expected.values()):
+        torch.testing.assert_close(torch.tensor(found), tensor, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_sum_that_is_written_out_is_a_dot_product(page):
+    said = page.evaluate("worked([1, 2, 3, 4, 5], [1, -1, 2, 0.5, 10], 0.25)")
+    assert said == "5.000·10.00 + 3.000·2.000 + 2.000·-1.000 + 2 smaller terms 3.000 + bias 0.2500 = 57.25"
+
+
+def test_a_chosen_head_and_stage_show_their_sums(page):
     page.locator(".thinker .tokens button").nth(5).click()
-    page.locator("#microscope td").nth(8).click()
-    said = page.locator("#microscope .sum").inner_text()
-    assert "score  = q · k / √32" in said
+    page.locator("#looks button").nth(6).focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#way-title").inner_text().endswith("layer 1, head 2")
+    page.locator("#way summary").nth(4).focus()
+    page.keyboard.press("Enter")
+    assert "score q·k/√32" in page.locator("#way .sum").nth(4).inner_text()
+    page.locator(".thinker .tokens button").nth(7).click()
+    assert page.locator("#way details").nth(4).get_attribute("open") is not None  # stays open for the next token
     assert page.locator(".thinker li.chosen").count() == 1
+    assert not page.troubles
 
 
 def test_the_tables_follow_the_chosen_token(page, tiny):
