@@ -54,7 +54,8 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the weights on the device; auto is fp32 for tiny models, bf16 for the others."""
     resume: str | None = None
-    """Continue a run: its folder, one of its checkpoints, or (also when left bare) `latest`."""
+    """Continue a run: its folder, one of its checkpoints, or (also when left bare) `latest`; `auto` continues what
+    --run-dir holds, and starts anew where it holds no checkpoint."""
     dry_run: bool = False
     """Load everything, build the largest possible step, print its memory, write nothing."""
 
@@ -228,6 +229,14 @@ class Config:
     log_samples: float = 1.0
     """Share of the rollouts written to samples.jsonl."""
 
+    # --- several processes (torchrun)
+    shard_weights: bool = False
+    """Keep a slice of weights, gradients and optimizer state on each process (FSDP2); off: all of them on every one."""
+    collective_timeout: float = 1800.0
+    """Seconds a process waits for the others before it gives up; longer than the slowest rollout."""
+    checksum_every: int = 10
+    """Steps between two looks at whether all processes have the same weights; 0: never."""
+
 
 # --- from the command line and from files
 
@@ -244,9 +253,11 @@ def parse_args(argv: list[str]) -> Config:
     for file in files:
         config = parse_flags(Config, yaml_flags(file, Config), default=config, source=str(file))
     named, argv = take_flag(argv, "--config")
-    if not named and _last(argv, "--resume"):
+    if not named and _last(argv, "--resume") not in (None, "auto"):
         config.run_dir = str(files[0].parent)  # not what the file says: the folder may have been moved since
     config = parse_flags(Config, argv, default=config)
+    if config.resume == "auto" and config.run_dir is None:
+        raise ValueError("--resume auto continues what --run-dir holds: name it")
     if config.resume == "latest" and config.run_dir is None:
         config.run_dir = str(resumed_run("latest"))
     validate(config)
@@ -258,8 +269,11 @@ def config_files(argv: list[str]) -> list[Path]:
     named, argv = take_flag(normalise(argv, bare={"--resume": "latest"}), "--config")
     if named:
         return [Path(file) for file in named]
-    if resume := _last(argv, "--resume"):
-        return [resumed_run(resume, _last(argv, "--run-dir")) / "config.yaml"]
+    resume, run_dir = _last(argv, "--resume"), _last(argv, "--run-dir")
+    if resume == "auto":
+        resume = run_dir if run_dir and (Path(run_dir) / "config.yaml").is_file() else None
+    if resume:
+        return [resumed_run(resume, run_dir) / "config.yaml"]
     return [preset_for(_last(argv, "--ckpt") or Config.ckpt, _last(argv, "--device") or Config.device)]
 
 
@@ -339,6 +353,7 @@ _COUNTS += ["keep_checkpoints", "numbers", "num_terms", "num_digits", "ot_iterat
 _NOT_NEGATIVE = ["seed", "eval_every", "eval_problems", "eval_samples", "save_every", "warmup_steps", "lora_rank"]
 _NOT_NEGATIVE += [
     "max_refusals",
+    "checksum_every",
     "refill_rounds",
     "overlong_buffer",
     "entropy_coef_step",
@@ -364,7 +379,7 @@ _POSITIVE = [
     "importance_cap",
     "lora_alpha",
 ]
-_POSITIVE += ["ot_regularization", "sapo_temperature_pos", "sapo_temperature_neg"]
+_POSITIVE += ["collective_timeout", "ot_regularization", "sapo_temperature_pos", "sapo_temperature_neg"]
 
 
 def _check_range(name: str, value: float) -> None:

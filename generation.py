@@ -48,6 +48,7 @@ def generate(
     share_prompt: bool = True,
     pack_weights: bool = True,
     graphs: bool | None = None,
+    only: range | None = None,
 ) -> list[Completion]:
     """Sample `params.n` answers to each prompt; those of prompt i stand at [i * n, (i + 1) * n).
 
@@ -59,6 +60,7 @@ def generate(
             own copy, pieces of max_rows decode to their last row's end, and each step looks at every row.
         pack_weights: lay bf16 weights out for the CPU's matrix unit first; False multiplies by them as they are.
         graphs: record decode steps as CUDA graphs; None does so on a GPU, False runs every step.
+        only: answer these prompts alone, as they would be answered among all the others; None: all.
 
     Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens in the model's context, and
     where the model's logits are not finite.
@@ -68,9 +70,10 @@ def generate(
     graphs = (model.device.type == "cuda") if graphs is None else graphs
     if graphs and model.device.type != "cuda":
         raise ValueError(f"graphs=True, but the model is on {model.device}; only CUDA records its work")
+    only = range(len(ids)) if only is None else only
+    ids, uniforms = [ids[i] for i in only], uniform_numbers(ids, params, seed, only)
     if not ids:
         return []
-    uniforms = uniform_numbers(ids, params, seed)
     decode_rows = decode if share_prompt else decode_plainly
     was_training = model.training
     model.eval()
@@ -82,7 +85,7 @@ def generate(
     rows = min(max_rows, rows_that_fit(model, max(map(len, ids)) + params.max_new_tokens))
     answers = halve_when_out_of_memory(all_answers, rows)
     model.train(was_training)
-    return _completions(ids, answers, params, tokenizer)
+    return _completions(ids, answers, params, tokenizer, only)
 
 
 def rows_that_fit(model: Qwen2ForCausalLM, tokens: int) -> int:
@@ -126,13 +129,13 @@ def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
             )
 
 
-def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int) -> Tensor:
+def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int, only: range | None = None) -> Tensor:
     """[prompts * n, max_new_tokens] numbers in [0, 1), each row from a generator seeded by (seed, prompt, sample)."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
-    for prompt in ids:
-        for i in range(params.n):
-            key = f"{seed}/{prompt}/{seen[tuple(prompt)]}/{i}".encode()
+    for i, prompt in enumerate(ids):
+        for answer in range(params.n if only is None or i in only else 0):
+            key = f"{seed}/{prompt}/{seen[tuple(prompt)]}/{answer}".encode()
             row_seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
             generator = torch.Generator().manual_seed(row_seed)
             rows.append(torch.rand(params.max_new_tokens, generator=generator, dtype=torch.float64))
@@ -141,7 +144,7 @@ def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int) -> 
 
 
 def _completions(
-    ids: list[list[int]], answers: Answers, params: SamplingParams, tokenizer: Tokenizer
+    ids: list[list[int]], answers: Answers, params: SamplingParams, tokenizer: Tokenizer, only: range
 ) -> list[Completion]:
     completions = []
     for row, (length, stopped) in enumerate(zip(answers.lengths.tolist(), answers.stopped.tolist())):
@@ -150,13 +153,13 @@ def _completions(
         if logprobs.isnan().any():
             first = int(logprobs.isnan().int().argmax())
             raise ValueError(
-                f"the model's logits are not finite at token {first} of an answer to prompt {prompt}: its weights hold "
-                "NaN or infinity, or overflow; go back to an earlier checkpoint"
+                f"the model's logits are not finite at token {first} of an answer to prompt {only[prompt]}: its "
+                "weights hold NaN or infinity, or overflow; go back to an earlier checkpoint"
             )
         at_stop_id = response[-1] in tokenizer.eos_token_ids
         text = tokenizer.decode(response[:-1] if at_stop_id else response)
         finish = "stop" if stopped else "length"
-        completions.append(Completion(prompt, ids[prompt], response, logprobs.tolist(), text, finish))
+        completions.append(Completion(only[prompt], ids[prompt], response, logprobs.tolist(), text, finish))
     return completions
 
 

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import distributed
 import losses
 from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch
@@ -50,6 +51,7 @@ from pretrained import load_pretrained, locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from scoring import response_states, score, score_episodes, score_states, top_entropy_masks
 from shaping import drop_zero_variance, penalise_divergence, penalise_length
+from sharding import ShardedAdamW, gradient_norm, is_sharded, reduce_gradients, shard, whole
 from step_metrics import Metrics, StepTotals, reward_metrics
 from tokenizer import Tokenizer
 
@@ -73,14 +75,16 @@ def rollout(
 ) -> list[Episode]:
     """Sample `sampling.n` answers to every prompt and score them; the answers to a prompt share a group id.
 
-    The same (weights, batch, sampling, seed) gives the same episodes. Sampling at temperature 0 is for evaluation: its
+    The same (weights, batch, sampling, seed) gives the same episodes, with any number of ranks: each samples and
+    scores its share of the prompts, and all of them get all episodes. Sampling at temperature 0 is for evaluation: its
     episodes are scored at temperature 1.
     """
     if sampling.filtered:
         logger.warning("top-k, top-p or min-p is on: tokens are drawn from another distribution than is trained, "
                        "which biases the ratio")  # fmt: skip
-    episodes = []
-    for completion in generate(model, batch.prompt_ids, sampling, tokenizer=tokenizer, seed=seed):
+    episodes, mine = [], distributed.share(len(batch))
+    plain = whole(model)
+    for completion in generate(plain, batch.prompt_ids, sampling, tokenizer=tokenizer, seed=seed, only=mine):
         problem = batch.problems[completion.prompt_index]
         reward = task.reward(problem, completion.text)
         episodes.append(
@@ -98,7 +102,7 @@ def rollout(
                 problem=problem,
             )
         )
-    return episodes
+    return distributed.gather(episodes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +191,7 @@ def update_policy(
         in_place_gradients: False lets autograd add the gradients of micro-batches (the slow twin).
         refused: is told why an update was refused; None: a warning.
 
+    With several ranks all of them give the same episodes; each computes its groups' part of the gradient.
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
     A non-finite loss or gradient refuses the step: weights stay as they were, `update/skipped` and `update/not_finite`
     are 1 and a warning names tensor and episode. A step in which nothing is left to learn from is skipped, too.
@@ -196,26 +201,30 @@ def update_policy(
         raise ValueError(f"beta is {o.beta}, but there is no reference policy to stay close to")
     step = Step(
         episodes, model.device, o.loss_type, mask_truncated=o.mask_truncated, max_new_tokens=max_new_tokens,
-        everything=o.everything, shared_prefix=shared_prefix, before=before,
+        everything=o.everything, shared_prefix=shared_prefix, before=before, groups=distributed.my_groups(episodes),
+        lockstep=is_sharded(model),
     )  # fmt: skip
 
     def all_gradients(max_tokens: int) -> StepTotals:
         optimizer.zero_grad(set_to_none=True)
         micro_batches, totals = list(step.micro_batches(max_tokens)), StepTotals()
         masks = top_entropy_masks(model, micro_batches, o.top_entropy_share)
-        with gradients_in_place(in_place_gradients):
+        with gradients_in_place(in_place_gradients and not is_sharded(model)):
             for micro, mask in zip(micro_batches, masks):
                 micro_loss(o, model, reference, micro, mask, totals).backward()
-        return totals
+        return totals.of_all_ranks()
 
-    metrics = halve_when_out_of_memory(all_gradients, micro_batch_tokens).metrics()
+    together = distributed.in_lockstep if is_sharded(model) else distributed.telling_the_others
+    metrics = halve_when_out_of_memory(together(all_gradients), micro_batch_tokens).metrics()
+    if step.trains:
+        reduce_gradients(optimizer)
     metrics["grad_norm"] = grad_norm = _clip_gradients(optimizer, max_grad_norm)
     metrics["update/not_finite"] = float(not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm))
-    metrics["update/skipped"] = float(not step.trained or metrics["update/not_finite"])
+    metrics["update/skipped"] = float(not step.trains or metrics["update/not_finite"])
     if metrics["update/skipped"]:
         cause = "no episode has a gradient"
-        if step.trained:
-            culprit = name_culprit(
+        if step.trains:
+            culprit = _culprit(
                 model, episodes, step, lambda micro: micro_loss(o, model, reference, micro, None, StepTotals())
             )
             cause = f"loss {metrics['loss']}, gradient norm {grad_norm}: {culprit}"
@@ -255,12 +264,20 @@ def micro_loss(
     return loss
 
 
+def _culprit(model: Qwen2ForCausalLM, episodes: Sequence[Episode], step: Step, loss_of: Callable) -> str:
+    """The tensor and the episode that were not finite, whichever rank had them."""
+    if is_sharded(model):  # episodes would have to be gone through by all ranks together
+        return "where weights are sharded, the episode is not looked for"
+    said = distributed.gather_each(name_culprit(model, episodes, step, loss_of))
+    return next((sentence for sentence in said if "such episode is" in sentence), said[0])
+
+
 def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     """Scale all gradients down to a joint norm of `max_norm`; returns the norm they had."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         return 0.0
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = gradient_norm(optimizer, parameters)
     if norm.isfinite():  # else all gradients would become NaN, and who began it could not be told
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()
@@ -298,7 +315,10 @@ class GRPO:
             add_lora(
                 model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.seed
             )  # fmt: skip
-        self.optimizer = optimizer or MemoryEfficientAdamW(
+        if config.shard_weights:
+            shard(model)
+        AdamW = ShardedAdamW if is_sharded(model) else MemoryEfficientAdamW
+        self.optimizer = optimizer or AdamW(
             trainable(model), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
             enabled=config.cpu_optimizer,
         )  # fmt: skip
@@ -306,6 +326,8 @@ class GRPO:
         if reference is None and self.objective.compares_with_reference:
             # The checkpoint itself, also where the policy was resumed from a later one; with adapters it is in there.
             reference = model if has_lora(model) else load_policy(config, locate_pretrained(config.ckpt))[0]
+            if is_sharded(model) and reference is not model:
+                shard(reference)
         self.reference = reference
         self.step_count = 0
         self.guard = Guard(config.max_refusals)
@@ -334,13 +356,17 @@ class GRPO:
         updated = time.perf_counter()
         episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
         response_tokens = sum(len(e.response_ids) for e in episodes)
+        rates = {
+            "rollout/tokens_per_second": response_tokens / (sampled - started),
+            "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
+        }
         return episodes, {
             **reward_metrics(episodes, self.task),
             **metrics,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "num_tokens": response_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
-            "rollout/tokens_per_second": response_tokens / (sampled - started),
-            "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
+            **rates,
+            **distributed.rank_metrics(**rates),
             "step_time": updated - started,
         }
 
@@ -380,7 +406,9 @@ class GRPO:
         """All updates of a rollout; the metrics are the last one's, of sampler against trainer the first one's."""
         c, before = self.config, None
         if c.updates_per_rollout > 1 and self.objective.asks_before:
-            before = score_episodes(self.model, episodes, keep_hidden=c.kl == "ot", **self._packing)
+            before = score_episodes(
+                self.model, episodes, keep_hidden=c.kl == "ot", groups=distributed.my_groups(episodes), **self._packing
+            )
         if c.lora_rank and c.lora_dropout:
             torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # dropout: the same in a run that was resumed
         first = metrics = self.update(episodes, before)

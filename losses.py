@@ -529,4 +529,5 @@ def transport_penalty(
     sizes = lengths.tolist()
     keep = torch.ones(len(hidden_new), dtype=torch.bool, device=hidden_new.device) if keep is None else keep
     answers = zip(hidden_new.split(sizes), hidden_old.split(sizes), keep.split(sizes))
-    return F.relu(torch.stack([transport_cost(new, old, keep=k, **options) for new, old, k in answers]) - ot_target)
+    costs = [transport_cost(new, old, keep=k, **options) for new, old, k in answers]
+    return F.relu(torch.stack(costs) - ot_target) if costs else hidden_new.new_zeros(0)

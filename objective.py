@@ -89,7 +89,7 @@ class Objective:
         """
         old, weight = micro.old_logp, None
         if self.importance_correction != "none":
-            old = logp.detach() if micro.before is None else torch.cat([s.logp for s in micro.before]).to(logp)
+            old = logp.detach() if micro.before is None else _joined([s.logp for s in micro.before], logp)
             weight = losses.importance_weights(
                 old, micro.old_logp, micro.lengths, self.importance_correction, self.importance_cap
             )
@@ -100,7 +100,7 @@ class Objective:
     def divergence(self, micro: MicroBatch, logp: Tensor, hidden: Tensor, ref_logp: Tensor | None) -> Divergence:
         """The divergence of the micro-batch; `ref_logp` None: from the rollout policy."""
         if self.kl == "ot":
-            old = hidden.detach() if micro.before is None else torch.cat([s.hidden for s in micro.before]).to(hidden)
+            old = hidden.detach() if micro.before is None else _joined([s.hidden for s in micro.before], hidden)
             cost_E = losses.transport_penalty(
                 hidden, old, micro.lengths, ot_target=self.ot_target, window=self.ot_window,
                 regularisation=self.ot_regularization, iterations=self.ot_iterations,
@@ -109,6 +109,10 @@ class Objective:
         other = micro.old_logp if ref_logp is None else ref_logp
         terms_M = losses.kl_penalty(logp, other, self.kl, kl_target=self.kl_target)
         return Divergence(losses.weighted_sum(terms_M, micro.weights), terms_M.detach())
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts).to(like) if parts else like.detach()  # an idle micro-batch has none
 
 
 class Divergence(NamedTuple):

@@ -23,6 +23,7 @@ from torch import Tensor
 import losses
 from attention import Layout
 from data_types import Episode
+from distributed import gather_each
 
 
 class Scores(NamedTuple):
@@ -66,17 +67,21 @@ class Step:
 
     everything: also compute episodes of advantage 0, which have no policy gradient but a divergence and an entropy.
     before: scores of each episode by the training code before the rollout's first update (losses that ask for them).
+    groups: ids of those that are this process's to compute; None: all. The weights are those of the whole step.
+    lockstep: make as many micro-batches as every other rank, the last ones idle.
     Raises ValueError for episodes sampled in different ways.
     """
 
     def __init__(
         self, episodes: Sequence[Episode], device: torch.device, loss_type: str = "dapo", *,
         mask_truncated: bool = False, max_new_tokens: int | None = None, everything: bool = True,
-        shared_prefix: bool = True, before: Sequence[Scores] | None = None,
+        shared_prefix: bool = True, before: Sequence[Scores] | None = None, groups: set[int] | None = None,
+        lockstep: bool = False,
     ):  # fmt: skip
         if len({(e.temperature, e.vocab_size) for e in episodes}) > 1:
             raise ValueError("the episodes of one update were sampled at different temperatures or vocabularies")
-        self.device, self.shared_prefix, self.before = device, shared_prefix, before
+        self.device, self.shared_prefix, self.before, self.lockstep = device, shared_prefix, before, lockstep
+        self.sampled_by = (episodes[0].temperature, episodes[0].vocab_size) if episodes else (1.0, None)
         kept = [bool(e.response_ids) and not (mask_truncated and e.truncated) for e in episodes]
         lengths = torch.tensor([len(e.response_ids) for e in episodes], dtype=torch.long)
         longest = max_new_tokens or max([1, *lengths.tolist()])
@@ -84,7 +89,9 @@ class Step:
         weights = losses.token_weights(loss_type, lengths, longest, keep_M).split(lengths.tolist())
         members = map(Member, range(len(episodes)), episodes, weights)
         # A reward that was NaN has advantage 0; with beta or an entropy term its tokens still count.
-        self.trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
+        trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
+        self.trains = bool(trained)  # whether anybody has something to learn from
+        self.trained = [m for m in trained if groups is None or m.episode.group_id in groups]
         self.answer_weight = 1 / max(1, sum(kept))
 
     def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
@@ -100,7 +107,8 @@ class Step:
             else:
                 packed.append([piece])
                 size = tokens
-        for groups in packed:
+        idle = max(gather_each(len(packed))) - len(packed) if self.lockstep else 0
+        for groups in packed + [[]] * idle:
             yield self._micro_batch(groups)
 
     def _pieces(self, max_tokens: int) -> list[list[Member]]:
@@ -123,6 +131,7 @@ class Step:
         return len(piece[0].episode.prompt_ids) + sum(len(m.episode.response_ids) - 1 for m in piece)
 
     def _micro_batch(self, groups: list[list[Member]]) -> MicroBatch:
+        """Without a group: an idle one, a row that nobody scores; its layers' weights are gathered like all others'."""
         members = [member for group in groups for member in group]
         episodes = [m.episode for m in members]
         ids, rows = [], []
@@ -134,26 +143,26 @@ class Step:
                 rows += [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
                 ids += e.response_ids[:-1]
         layout = Layout.shared_prefix(
-            [len(group[0].episode.prompt_ids) for group in groups],
-            [[len(m.episode.response_ids) - 1 for m in group] for group in groups],
+            [len(group[0].episode.prompt_ids) for group in groups] or [1],
+            [[len(m.episode.response_ids) - 1 for m in group] for group in groups] or [[]],
         )
 
         def on_device(numbers: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=self.device)
 
         return MicroBatch(
-            ids=on_device(ids, torch.long),
+            ids=on_device(ids or [0], torch.long),
             positions=layout.positions(self.device),
             layout=layout,
             predicting_rows=on_device(rows, torch.long),
             targets=on_device([i for e in episodes for i in e.response_ids], torch.long),
             old_logp=on_device([x for e in episodes for x in e.logprobs], torch.float32),
-            weights=torch.cat([m.weights for m in members]).to(self.device),
+            weights=torch.cat([torch.zeros(0), *(m.weights for m in members)]).to(self.device),
             advantages=on_device([e.advantage for e in episodes], torch.float32),
             lengths=on_device([len(e.response_ids) for e in episodes], torch.long),
             answer_weight=self.answer_weight,
-            temperature=episodes[0].temperature,
-            vocab_size=episodes[0].vocab_size,
+            temperature=self.sampled_by[0],
+            vocab_size=self.sampled_by[1],
             numbers=[m.number for m in members],
             before=[self.before[m.number] for m in members] if self.before is not None else None,
         )

@@ -167,6 +167,27 @@ class RunLog:
         return True
 
 
+class NoLog:
+    """In the place of a `RunLog` where another process writes it: says and writes nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def log_step(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
+
+    def truncate_after(self, step: int) -> None: ...
+
+    def print_summary(self) -> None: ...
+
+
 class _JsonLines:
     """A file of JSON objects, a line each, in the order of their "step"; only ever whole lines."""
 

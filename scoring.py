@@ -16,9 +16,11 @@ from torch import Tensor
 import losses
 from attention import PackedAttention
 from data_types import Episode
+from distributed import gather_each, in_lockstep, rank
 from generation import halve_when_out_of_memory
 from packing import MicroBatch, Scores, Step
 from qwen2_llm import Qwen2ForCausalLM
+from sharding import is_sharded
 
 
 def score(model: Qwen2ForCausalLM, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -39,10 +41,13 @@ def score_states(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) 
 @torch.no_grad()
 def score_episodes(
     model: Qwen2ForCausalLM, episodes: Sequence[Episode], *, keep_hidden: bool = False,
-    micro_batch_tokens: int = 16384, shared_prefix: bool = True,
+    micro_batch_tokens: int = 16384, shared_prefix: bool = True, groups: set[int] | None = None,
 ) -> list[Scores]:  # fmt: skip
-    """What the model says of each episode's tokens, without a gradient and without dropout."""
-    step = Step(episodes, model.device, shared_prefix=shared_prefix)
+    """What the model says of each episode's tokens, without a gradient and without dropout.
+
+    groups: ids of those that are asked for, None: all; the others' episodes get empty scores.
+    """
+    step = Step(episodes, model.device, shared_prefix=shared_prefix, groups=groups, lockstep=is_sharded(model))
     nothing = Scores(torch.zeros(0), torch.zeros(0, model.config.hidden_size) if keep_hidden else None)
     scores = [nothing] * len(episodes)
 
@@ -57,7 +62,7 @@ def score_episodes(
 
     was_training = model.training
     model.eval()
-    halve_when_out_of_memory(score_all, micro_batch_tokens)
+    halve_when_out_of_memory(in_lockstep(score_all) if is_sharded(model) else score_all, micro_batch_tokens)
     model.train(was_training)
     return scores
 
@@ -65,7 +70,9 @@ def score_episodes(
 @torch.no_grad()
 def top_entropy_masks(model, micro_batches: list[MicroBatch], share: float) -> list[Tensor | None]:
     """For each micro-batch, which tokens are among the step's `share` of highest entropy; all: None."""
-    if share == 1 or not micro_batches:
+    if share == 1:
         return [None] * len(micro_batches)
     entropies = [score(model, micro)[1] for micro in micro_batches]
-    return list(losses.top_entropy_mask(torch.cat(entropies), share).split([len(e) for e in entropies]))
+    parts = gather_each(torch.cat([torch.zeros(0), *(e.cpu() for e in entropies)]))
+    mask = losses.top_entropy_mask(torch.cat(parts), share).split([len(part) for part in parts])[rank()]
+    return list(mask.to(model.device).split([len(e) for e in entropies]))

@@ -14,6 +14,7 @@ import torch
 
 import losses
 from data_types import Episode
+from distributed import gather, my_groups
 from lora import adapters_off
 from qwen2_llm import Qwen2ForCausalLM
 from rewards import soft_overlong_penalty
@@ -42,10 +43,16 @@ def penalise_divergence(
 ) -> list[Episode]:
     """Take beta * KL(sampler || reference) from each reward, estimated on the answer's own tokens and summed over them
     (Ouyang et al. 2022, arXiv 2203.02155, eq. 2). The estimate is the reward part `kl`."""
+    groups = my_groups(episodes)
     with adapters_off(reference):
-        scores = score_episodes(reference, episodes, **packing)
-    estimates = [losses.kl_penalty(torch.tensor(e.logprobs), s.logp, kl).sum() for e, s in zip(episodes, scores)]
-    return [_add_part(e, "kl", float(estimate), -beta) for e, estimate in zip(episodes, estimates)]
+        scores = score_episodes(reference, episodes, groups=groups, **packing)
+    mine = {
+        i: float(losses.kl_penalty(torch.tensor(e.logprobs), scores[i].logp, kl).sum())
+        for i, e in enumerate(episodes)
+        if e.group_id in groups
+    }
+    estimates = dict(sorted(gather(list(mine.items())))).values()
+    return [_add_part(e, "kl", estimate, -beta) for e, estimate in zip(episodes, estimates)]
 
 
 def _add_part(episode: Episode, name: str, value: float, weight: float) -> Episode:

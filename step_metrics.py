@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_types import Episode
+from distributed import gather_each
 from math_task import Task
 
 Metrics = dict[str, float]
@@ -34,10 +35,25 @@ class StepTotals:
         """Numbers a token (or an answer), whose mean, least and largest are wanted."""
         for name, values in tensors.items():
             values = values.detach().float()
+            if not values.numel():  # an idle micro-batch
+                continue
             self.sums[name] += float(values.sum())
             self.counts[name] += values.numel()
             self.lowest[name] = min(self.lowest[name], float(values.min()))
             self.highest[name] = max(self.highest[name], float(values.max()))
+
+    def of_all_ranks(self) -> StepTotals:
+        whole = StepTotals()
+        for sums, counts, lowest, highest in gather_each(
+            (dict(self.sums), dict(self.counts), dict(self.lowest), dict(self.highest))
+        ):
+            for name, value in sums.items():
+                whole.sums[name] += value
+            for name in counts:
+                whole.counts[name] += counts[name]
+                whole.lowest[name] = min(whole.lowest[name], lowest[name])
+                whole.highest[name] = max(whole.highest[name], highest[name])
+        return whole
 
     def metrics(self) -> Metrics:
         """Names are TRL's where it has one."""

@@ -4,9 +4,10 @@
     python train.py --ckpt Qwen2.5-0.5B-Instruct             # the real job
     python train.py --config configs/cpu.yaml --steps 20     # a file, and flags over it
     python train.py --resume                                 # go on with the newest run
+    torchrun --nproc-per-node 2 train.py                     # two processes, one run: distributed.py
 
 Exit codes: 0 done; 2 a mistake, told in one line; 3 too many updates in a row were refused; 4 the last checkpoint could
-not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, after saving.
+not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, after saving; 1 where one of several processes was lost.
 
 Every problem is drawn by its number and every answer from a seed of its own (seed, step, prompt, sample), so there is
 no random state to carry from step to step: a resumed run does what the uninterrupted one would have done.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
 from config import Config, config_files, new_run_dir, parse_args
 from data_types import MiniBatch, Problem
@@ -34,7 +36,8 @@ from lora import has_lora, load_adapters, save_adapters, trainable
 from math_task import task_from_config
 from pretrained import locate_pretrained
 from progress import duration
-from run_log import RunLog, read_metrics
+from run_log import NoLog, RunLog, read_metrics
+from sharding import is_sharded, whole, whole_optimizer
 
 logger = logging.getLogger("train")
 NOT_SAVED = 4  # exit code
@@ -43,10 +46,9 @@ NOT_SAVED = 4  # exit code
 def train(config: Config) -> int:
     """The whole job. Returns the exit code: 0; 128 + the signal that ended it early; NUMBERS_ENDED_IT where too many
     updates in a row were refused; NOT_SAVED where the disk took no checkpoint of the last step."""
-    run_dir = new_run_dir(config)
+    run_dir, resumed = distributed.from_main(lambda: where_to_begin(config))
     random.seed(config.seed)  # nothing here draws from the global generators, but a task of the user's may
     torch.manual_seed(config.seed)
-    resumed = find_resumed(config, run_dir)
 
     task = task_from_config(config)
     model, tokenizer = load_policy(
@@ -57,7 +59,7 @@ def train(config: Config) -> int:
     trainer = GRPO(config, model=model, tokenizer=tokenizer, task=task)
     held_out = task.test_problems(config.eval_problems)
     check_room(trainer, held_out)
-    print(describe(trainer), flush=True)
+    say(describe(trainer))
     if config.dry_run:
         return dry_run(trainer)
 
@@ -68,10 +70,10 @@ def train(config: Config) -> int:
         set_random_states(state["random"])
         trainer.load_state_dict(state["trainer"])
         first = step = trainer.step_count = state["step"]
-        rewind(run_dir, first)
+        distributed.on_main(lambda: rewind(run_dir, first))
 
     stop = StopRequest()
-    with RunLog(run_dir, config, total_steps=config.steps) as log:
+    with distributed.on_main(lambda: RunLog(run_dir, config, total_steps=config.steps)) or NoLog() as log:
         if config.resume:
             log.truncate_after(first if resumed else -1)
         if held_out and not resumed:
@@ -82,7 +84,9 @@ def train(config: Config) -> int:
             log.phase("rollout and update")
             problems = task.problems("train", config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
             episodes, metrics = trainer.step(MiniBatch.from_problems(problems, tokenizer))
-            metrics["memory/peak_gib"] = peak_gib(model.device)
+            metrics["memory/peak_gib"] = max(distributed.gather_each(peak_gib(model.device)))
+            if is_due(step, config.checksum_every) and not is_sharded(model):
+                distributed.check_equal_weights(trainable(model), step)
             log.log_samples(step, episodes, tokenizer.decode)
 
             if held_out and (step == config.steps or is_due(step, config.eval_every)):
@@ -94,31 +98,32 @@ def train(config: Config) -> int:
                 left = duration(metrics["step_time"] * (config.steps - first))
                 log.say(f"a step takes {metrics['step_time']:.1f} s; the run will last about {left}, and evaluations")
             # asked once: a signal after this line ends the next step, saved as well
-            stopping = bool(stop.requested) or trainer.guard.gave_up
+            stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):
                 log.phase("saving")
                 saved = save(run_dir, step, trainer, metrics)
             if stopping:
                 break
         log.print_summary()
-    print(f"checkpoints, metrics and samples are in {run_dir}")
+    say(f"checkpoints, metrics and samples are in {run_dir}")
     return how_it_ended(run_dir, step, saved, stop, trainer.guard)
 
 
 def how_it_ended(run_dir: Path, step: int, saved: bool, stop: StopRequest, guard: Guard) -> int:
     """Say what ended a run and how to go on; the exit code."""
-    go_on = f"go on with: python train.py --resume {run_dir}"
+    ranks = distributed.world_size()
+    python = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    go_on = f"go on with: {python} train.py --resume {run_dir}"
     if not saved:
-        print(f"train.py: step {step}, the last one, is on no disk; an earlier checkpoint is. {go_on}", file=sys.stderr)
+        distributed.complain(f"train.py: step {step}, the last one, is on no disk; an earlier checkpoint is. {go_on}")
     if guard.gave_up:
-        print(
+        distributed.complain(
             f"train.py: ended after step {step}: {guard.refusals} updates in a row were refused, the last because of "
-            f"{guard.diagnosis}. Look at that episode in samples.jsonl, try a lower --lr or --dtype fp32, then {go_on}",
-            file=sys.stderr,
+            f"{guard.diagnosis}. Look at that episode in samples.jsonl, try a lower --lr or --dtype fp32, then {go_on}"
         )
         return NUMBERS_ENDED_IT
     if stop.requested:
-        print(f"stopped by {stop.requested.name} after step {step}; {go_on}")
+        say(f"stopped by {stop.requested.name} after step {step}; {go_on}")
         return 128 + stop.requested
     return 0 if saved else NOT_SAVED
 
@@ -126,18 +131,30 @@ def how_it_ended(run_dir: Path, step: int, saved: bool, stop: StopRequest, guard
 def find_resumed(config: Config, run_dir: Path) -> Path | None:
     """The checkpoint to go on from; None: from the beginning. So is a run that was killed before its first checkpoint
     was due, for what it did is cheaper to do again than to have no command that goes on."""
-    if not config.resume:
+    if not config.resume or (config.resume == "auto" and not (run_dir / "config.yaml").is_file()):
         return None
+    where = "latest" if config.resume == "auto" else config.resume
     try:
-        return find_checkpoint("latest" if config.resume == "latest" else config.resume, run_dir)
+        return find_checkpoint(where, run_dir)
     except FileNotFoundError:
-        run = Path(config.resume) if config.resume != "latest" else run_dir
+        run = Path(where) if where != "latest" else run_dir
         done = len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0
         began = (run / "config.yaml").is_file() and not list(run.glob("checkpoints/[sl]*"))  # no step-... or latest
         if not began or done > (config.save_every or config.steps) + 1:
             raise
     logger.warning("%s was ended before its first checkpoint: it begins again", run)
     return None
+
+
+def where_to_begin(config: Config) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint it goes on from."""
+    run_dir = new_run_dir(config)
+    return run_dir, find_resumed(config, run_dir)
+
+
+def say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
 
 
 def evaluate(trainer: GRPO, problems: list[Problem]) -> Metrics:
@@ -163,23 +180,28 @@ def is_due(step: int, every: int) -> bool:
 
 
 def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> bool:
-    """A checkpoint; where the disk refuses, the run goes on and says so. Whether it is there now."""
+    """A checkpoint, by the first process; where the disk refuses, the run goes on and says so. Whether it is there."""
+    model, optimizer = whole(trainer.model), whole_optimizer(trainer.optimizer)  # every process takes part
     state = {"random": random_states(), "trainer": trainer.state_dict()}
     base = trainer.config.ckpt
 
     def adapters(folder: Path) -> None:
-        save_adapters(trainer.model, folder / "adapter", str(Path(base).resolve()) if Path(base).is_dir() else base)
+        save_adapters(model, folder / "adapter", str(Path(base).resolve()) if Path(base).is_dir() else base)
 
-    try:
-        save_checkpoint(
-            run_dir, step, trainer.model, trainer.tokenizer, trainer.optimizer, state,
-            keep=trainer.config.keep_checkpoints, score=metrics.get("eval_reward"),
-            extra=adapters if has_lora(trainer.model) else None,
-        )  # fmt: skip
-    except OSError as error:
-        logger.error("no checkpoint at step %d: %s; the previous one is untouched, and training goes on", step, error)
-        return False
-    return True
+    def written() -> bool:
+        try:
+            save_checkpoint(
+                run_dir, step, model, trainer.tokenizer, optimizer, state, keep=trainer.config.keep_checkpoints,
+                score=metrics.get("eval_reward"), extra=adapters if has_lora(model) else None,
+            )  # fmt: skip
+        except OSError as error:
+            logger.error(
+                "no checkpoint at step %d: %s; the previous one is untouched, and training goes on", step, error
+            )
+            return False
+        return True
+
+    return distributed.from_main(written)
 
 
 class StopRequest:
@@ -190,9 +212,18 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
+    def agreed(self) -> bool:
+        """Whether any process was asked; then all know it, and stop after the same step."""
+        number = max(distributed.gather_each(int(self.requested or 0)))
+        if number:
+            self.requested = signal.Signals(number)
+        return bool(number)
+
     def _handle(self, number: int, frame) -> None:
         self.requested = signal.Signals(number)
-        print(f"\n{self.requested.name}: finishing this step, then saving; once more to leave at once", file=sys.stderr)
+        if distributed.is_main():
+            name = self.requested.name
+            print(f"\n{name}: finishing this step, then saving; once more to leave at once", file=sys.stderr)
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_DFL)
 
@@ -220,12 +251,15 @@ def describe(trainer: GRPO) -> str:
     answers = config.prompts_per_step * config.group_size
     dtype = str(model.dtype).removeprefix("torch.")
     device, host = estimate_gib(trainer)
+    processes, n = "", distributed.world_size()
+    if n > 1:
+        processes = f", by {n} processes with {'a slice' if is_sharded(model) else 'all'} of the weights each"
     return (
         f"{config.ckpt}: {parameters / 1e6:.1f} M parameters in {dtype} on {model.device}; "
         f"{config.task}, {config.loss_type}\n"
         f"a step: {config.prompts_per_step} prompts x {config.group_size} answers x up to "
         f"{config.max_new_tokens} tokens, "
-        f"{answers * config.max_new_tokens:,} at most; {config.steps} steps\n"
+        f"{answers * config.max_new_tokens:,} at most{processes}; {config.steps} steps\n"
         f"memory: about {device:.1f} GiB" + (f" on {model.device}, {host:.1f} GiB beside it" if host else "")
     )
 
@@ -263,10 +297,8 @@ def dry_run(trainer: GRPO) -> int:
     for i, episode in enumerate(episodes):
         episode.advantage = 1.0 if i % 2 else -1.0
     trainer.update(episodes)
-    print(
-        f"dry run: peak memory {peak_gib(trainer.model.device):.2f} GiB for the largest possible step; "
-        "nothing was written"
-    )
+    peak = max(distributed.gather_each(peak_gib(trainer.model.device)))
+    say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")
     return 0
 
 
@@ -287,13 +319,19 @@ def peak_gib(device: torch.device) -> float:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if not distributed.is_main():
+        logging.disable(logging.WARNING)  # all processes would say the same
     try:
         config = parse_args(argv)
-        print("settings: " + ", ".join(str(path) for path in config_files(argv)) + (" and flags" if argv else ""))
-        return train(config)
+        say("settings: " + ", ".join(str(path) for path in config_files(argv)) + (" and flags" if argv else ""))
+        with distributed.process_group(config.collective_timeout, config.device):
+            return train(config)
     except (ValueError, OSError) as error:
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        distributed.complain(f"train.py: {one_line(error)}")
         return 2
+    except distributed.RankError as error:
+        distributed.complain(f"train.py: {error}")
+        return 1
 
 
 if __name__ == "__main__":
