@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import heapq
 import importlib.util
 import random
 import re
@@ -50,6 +51,9 @@ class RowTask(QuestionTask):
 
     def test_problem(self, index: int) -> Problem:
         return self.problem_from(*self._test[index])
+
+    def longest_problems(self, n: int) -> list[Problem]:
+        return [self.problem_from(*pair) for pair in heapq.nlargest(n, self._train, key=lambda pair: len(pair[0]))]
 
 
 @dataclass

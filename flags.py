@@ -23,6 +23,7 @@ import difflib
 import inspect
 import io
 import re
+import reprlib  # repr, bounded: a few lines of YAML aliases stand for a list of 10^10 items
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -85,12 +86,14 @@ def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
     """One YAML value as a flag: a switch, one word, or several."""
     if hint is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{where}: expected true or false, found {value!r:.80}")
+            raise ValueError(f"{where}: expected true or false, found {reprlib.repr(value)}")
         return [flag if value else "--no-" + flag[2:]]
     several = str(hint).startswith("tuple")
     words = value if isinstance(value, list) else [value]
     if isinstance(value, list) != several or any(isinstance(word, (list, dict, set, bool)) for word in words):
-        raise ValueError(f"{where}: expected {'a list of values' if several else 'one value'}, found {value!r:.80}")
+        raise ValueError(
+            f"{where}: expected {'a list of values' if several else 'one value'}, found {reprlib.repr(value)}"
+        )
     return [flag, *map(str, words)] if several else [f"{flag}={value}"]
 
 

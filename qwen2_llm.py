@@ -79,7 +79,7 @@ class Qwen2Config:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of a million digits
             raise ValueError(f"{path} is not JSON ({error}): download it again") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object of settings")
@@ -92,7 +92,7 @@ class Qwen2Config:
     def from_dict(cls, raw: dict[str, Any]) -> Qwen2Config:
         """From the keys of config.json, of old (`rope_theta`) and new (`rope_parameters`) releases."""
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ValueError(f"model_type is {family!r}; this code reads {', '.join(FAMILIES)}")
         _refuse_unsupported(raw)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -397,6 +397,8 @@ class Qwen2ForCausalLM(nn.Module):
                 raise ValueError(
                     f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for {expected}"
                 )
+            if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
+                raise ValueError(f"{folder}: {name} is not finite or no floating point; the weights are damaged")
             owner, leaf = name.rpartition(".")[::2]
             parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
             setattr(model.get_submodule(owner), leaf, parameter)

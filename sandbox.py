@@ -169,6 +169,9 @@ class SandboxedTask(Task):
     def problems(self, split, n: int, start: int = 0) -> list[Problem]:
         return self.task.problems(split, n, start)
 
+    def longest_problems(self, n: int) -> list[Problem]:
+        return self.task.longest_problems(n)
+
     def prompt(self, problem: Problem) -> list[Message]:
         return self.task.prompt(problem)
 

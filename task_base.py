@@ -93,6 +93,10 @@ class Task:
                 break
         return found
 
+    def longest_problems(self, n: int) -> list[Problem]:
+        """The `n` training problems with the longest text, of a task that has all of them at hand; else none."""
+        return []
+
     def prompt(self, problem: Problem) -> list[Message]:
         """The chat messages of a problem. The prompt is these, rendered, and then `problem.response_prefix`."""
         return problem.messages

@@ -150,7 +150,9 @@ class Tokenizer:
 
     def _special_id(self, name: str) -> int:
         """The id of the token that tokenizer_config.json names."""
-        token_id = self._backend.token_to_id(self.special_tokens[name])
+        text = self.special_tokens[name]
+        valid = not any("\ud800" <= letter <= "\udfff" for letter in text)  # half a pair: no UTF-8 can hold it
+        token_id = self._backend.token_to_id(text) if valid else None
         if token_id is None:
             raise ValueError(
                 f"{self._folder / 'tokenizer_config.json'} has {name} {_short(self.special_tokens[name])}, which is no "

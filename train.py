@@ -233,14 +233,21 @@ class StopRequest:
 
 
 def check_room(trainer: GRPO, held_out: list[Problem]) -> None:
-    """Refuse a cap that leaves the prompts no room. Training prompts are as long as held-out ones, near enough."""
+    """Refuse a cap that leaves the prompts no room: of a data set the longest ones, else held-out and first ones."""
     config, context = trainer.config, trainer.model.config.max_position_embeddings
-    problems = held_out + trainer.task.problems("train", config.prompts_per_step)
-    longest = max(len(ids) for ids in MiniBatch.from_problems(problems, trainer.tokenizer).prompt_ids)
+    problems = held_out + trainer.task.problems("train", config.prompts_per_step) + trainer.task.longest_problems(4)
+    lengths = [len(ids) for ids in MiniBatch.from_problems(problems, trainer.tokenizer).prompt_ids]
+    longest = max(lengths)
     if longest + config.max_new_tokens > context:
+        room = context - longest
+        mend = (
+            f"lower it to {room} or less"
+            if room > 0
+            else f"leave out problem {problems[lengths.index(longest)].id!r:.60}"
+        )
         raise ValueError(
             f"--max-new-tokens {config.max_new_tokens} and prompts of up to {longest} tokens do not fit the model's "
-            f"context of {context}: lower it to {context - longest} or less"
+            f"context of {context}: {mend}"
         )
 
 
