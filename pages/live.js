@@ -13,8 +13,10 @@ class Thinker {
     this.tokens = element("ol", { class: "tokens answer", "aria-live": "off" });
     this.verdict = element("p", { class: "hint" });
     this.bars = element("div", { class: "bars" });
-    this.panel = element("div", { class: "thinker" }, element("h3", {}, name), this.tokens, this.verdict,
-      element("h3", {}, "Next token"), this.bars);
+    this.memory = element("p", { class: "hint memory" });
+    this.title = element("h3");
+    this.panel = element("div", { class: "thinker" }, element("h3", {}, name), this.tokens, this.verdict, this.memory,
+      this.title, this.bars);
     byId("thinkers").append(this.panel);
   }
 
@@ -24,6 +26,7 @@ class Thinker {
     this.promptLength = ids.length;
     this.random = uniforms(seed);
     this.done = false;
+    this.at = null; // the token behind which the bars are shown; null: the last choice
     this.tokens.replaceChildren();
     ids.forEach((id) => this.read(id, null));
     this.verdict.textContent = "";
@@ -44,6 +47,7 @@ class Thinker {
   // Draw one token. False when there is nothing more to draw.
   advance() {
     if (this.done) return false;
+    this.at = null;
     const p = filtered(this.steps.at(-1).logits, settings(), LIVE.vocab_size), id = draw(p, this.random());
     const full = this.steps.length - this.promptLength >= MAX_TOKENS;
     this.done = full || LIVE.stop.includes(id);
@@ -58,7 +62,11 @@ class Thinker {
   }
 
   showNext() {
-    const step = this.steps.at(this.done && this.steps.length > 1 ? -2 : -1); // of a finished answer, its last choice
+    const last = this.steps.length - (this.done && this.steps.length > 1 ? 2 : 1); // of a finished answer, its last choice
+    const index = this.at ?? last, step = this.steps[index];
+    this.title.textContent = `Next token, after ${index} ${visible(BPE_TOKENIZER.decode([step.id]))}`;
+    const bytes = this.cache.layers.reduce((sum, { k, v }) => [...k, ...v].reduce((n, x) => n + x.byteLength, sum), 0);
+    this.memory.textContent = `KV cache: ${this.cache.length} tokens, ${bytes.toLocaleString("en")} bytes`;
     const p = filtered(step.logits, settings(), LIVE.vocab_size);
     const order = p.map((_, i) => i).filter((i) => p[i] > 0).sort((a, b) => p[b] - p[a]).slice(0, 8);
     this.bars.replaceChildren(...order.flatMap((i) => [
@@ -116,6 +124,8 @@ const CHOSEN = { thinker: null, index: 0, layer: 0, head: 0, open: new Set() };
 
 function inspect(thinker, index) {
   Object.assign(CHOSEN, { thinker, index });
+  thinker.at = index;
+  thinker.showNext();
   THINKERS.forEach((t) => [...t.tokens.children].forEach((li, i) => li.classList.toggle("chosen", t === thinker && i === index)));
   drawLooks();
   drawWay();

@@ -165,6 +165,30 @@ def test_the_sum_that_is_written_out_is_a_dot_product(page):
     assert said == "5.000·10.00 + 3.000·2.000 + 2.000·-1.000 + 2 smaller terms 3.000 + bias 0.2500 = 57.25"
 
 
+def test_the_cache_grows_with_the_answer(page, tiny):
+    page.evaluate("stop(), restart()")
+    per_token = anatomy.cache_growth(tiny[0].config, 1, 4)["bytes_per_token"]
+    prompt = page.evaluate("THINKERS[0].steps.length")
+    for tokens in (prompt, prompt + 1):
+        said = page.locator(".memory").first.inner_text()
+        assert said == f"KV cache: {tokens} tokens, {tokens * per_token:,} bytes"
+        page.click("#one")
+
+
+def test_the_bars_show_what_follows_the_chosen_token(page):
+    page.evaluate("stop(), restart()")
+    page.locator("#temperature").fill("1")
+    page.locator(".thinker .tokens button").nth(4).click()
+    assert "after 4 " in page.locator(".thinker h3").nth(1).inner_text()
+    script = """() => {
+        const p = filtered(THINKERS[0].steps[4].logits, settings(), LIVE.vocab_size);
+        return visible(BPE_TOKENIZER.decode([p.indexOf(Math.max(...p))]));
+    }"""
+    assert page.locator(".bars code").first.inner_text() == page.evaluate(script)
+    page.click("#one")  # and after the next token is drawn, what follows that
+    assert "after 4 " not in page.locator(".thinker h3").nth(1).inner_text()
+
+
 def test_a_chosen_head_and_stage_show_their_sums(page):
     page.locator(".thinker .tokens button").nth(5).click()
     page.locator("#looks button").nth(6).focus()
