@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, metrics.jsonl, samples.jsonl and TensorBoard events; and what it shows.
+"""What a run leaves behind: config.yaml, metrics, samples and held-out answers, TensorBoard; and what it shows.
 
     with RunLog(run_dir, config, total_steps=config.steps) as log:
         log.log_step(0, evaluate(...))                             # one JSON object a step; eval_* names included
@@ -61,6 +61,7 @@ class RunLog:
         settings.replace(self.run_dir / "config.yaml")
         self._metrics = _JsonLines(metrics)
         self._samples = _JsonLines(self.run_dir / "samples.jsonl")
+        self._held_out = _JsonLines(self.run_dir / "held_out.jsonl")
         self._share = config.log_samples
         self._tensorboard: Any = None
         self._purge_step: int | None = None
@@ -95,7 +96,10 @@ class RunLog:
         self._try("standard output", lambda: self.console.print(text, markup=False))
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
-        """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text."""
+        """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text.
+
+        The first group of a step is written token by token as well: the report colours it.
+        """
         first = step * len(episodes)  # counted over the run, so that a share of 1 in 1000 is that of the whole run
         prompts: dict[int, str] = {}
         records = []
@@ -103,16 +107,24 @@ class RunLog:
             if math.floor((i + 1) * self._share) > math.floor(i * self._share):
                 if episode.group_id not in prompts:
                     prompts[episode.group_id] = decode(episode.prompt_ids)
-                records.append(_sample(step, episode, prompts[episode.group_id]))
+                record = _sample(step, episode, prompts[episode.group_id])
+                if episode.group_id == episodes[0].group_id:
+                    record |= _tokens(episode, decode)
+                records.append(record)
         self._try("samples.jsonl", lambda: self._samples.append(*records))
         self._progress.samples(episodes)
+
+    def log_held_out(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
+        """Write a few held-out answers to held_out.jsonl, so that one can lay the first and the last side by side."""
+        records = [_sample(step, e, decode(e.prompt_ids)) | _tokens(e, decode) for e in episodes]
+        self._try("held_out.jsonl", lambda: self._held_out.append(*records))
 
     def truncate_after(self, step: int) -> None:
         """Forget what was logged after `step`: a run resumed from there will log it again.
 
         TensorBoard hides the later events once the first new one is written.
         """
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, self._held_out):
             file.truncate_after(step)
         self._close_events()
         self._purge_step = step + 1
@@ -132,6 +144,7 @@ class RunLog:
         self._close_events()
         self._metrics.close()
         self._samples.close()
+        self._held_out.close()
 
     def _write_events(self, step: int, values: dict[str, float | None]) -> None:
         if self._tensorboard is None:
@@ -183,6 +196,8 @@ class NoLog:
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
 
+    def log_held_out(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
+
     def truncate_after(self, step: int) -> None: ...
 
     def print_summary(self) -> None: ...
@@ -233,7 +248,12 @@ def _lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, oldest first."""
-    return [record for _, record in _lines(Path(run_dir) / "metrics.jsonl")]
+    return read_lines(Path(run_dir) / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, up to a line that is not whole."""
+    return [record for _, record in _lines(path)]
 
 
 def _number(value: Any) -> float | int | None:
@@ -255,4 +275,14 @@ def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
         "advantage": _number(episode.advantage),
         "finish_reason": episode.finish_reason,
         "response_tokens": len(episode.response_ids),
+    }
+
+
+def _tokens(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The answer token by token, with the sampler's log-probability of each."""
+    return {
+        "prompt_ids": episode.prompt_ids,
+        "token_ids": episode.response_ids,
+        "tokens": [decode([token_id]) for token_id in episode.response_ids],
+        "token_logprobs": [_number(round(logprob, 4)) for logprob in episode.logprobs],
     }

@@ -20,6 +20,8 @@ import random
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ import torch
 import distributed
 from checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
 from config import Config, config_files, new_run_dir, parse_args
-from data_types import MiniBatch, Problem
+from data_types import Episode, MiniBatch, Problem
 from flags import one_line
 from generation import SamplingParams
 from grpo import GRPO, Metrics, load_policy, reward_metrics, rollout
@@ -40,6 +42,7 @@ from run_log import NoLog, RunLog, read_metrics
 from sharding import is_sharded, whole, whole_optimizer
 
 logger = logging.getLogger("train")
+SHOWN = 8  # held-out answers of each evaluation that are kept for people
 NOT_SAVED = 4  # exit code
 
 
@@ -78,7 +81,7 @@ def train(config: Config) -> int:
             log.truncate_after(first if resumed else -1)
         if held_out and not resumed:
             log.phase("evaluating")
-            log.log_step(0, evaluate(trainer, held_out))
+            log.log_step(0, evaluate(trainer, held_out, partial(log.log_held_out, 0, decode=tokenizer.decode)))
 
         for step in range(first + 1, config.steps + 1):
             log.phase("rollout and update")
@@ -91,7 +94,7 @@ def train(config: Config) -> int:
 
             if held_out and (step == config.steps or is_due(step, config.eval_every)):
                 log.phase("evaluating")
-                metrics |= evaluate(trainer, held_out)
+                metrics |= evaluate(trainer, held_out, partial(log.log_held_out, step, decode=tokenizer.decode))
             log.log_step(step, metrics)
             trainer.guard.watch(step, metrics)
             if step == first + 1:
@@ -157,8 +160,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def evaluate(trainer: GRPO, problems: list[Problem]) -> Metrics:
-    """Held-out problems, greedy and sampled: `eval_greedy_*` and `eval_*`, means over problems and answers."""
+def evaluate(trainer: GRPO, problems: list[Problem], show: Callable[[list[Episode]], None] | None = None) -> Metrics:
+    """Held-out problems, greedy and sampled: `eval_greedy_*` and `eval_*`, means over problems and answers.
+
+    show: is handed the first few greedy answers.
+    """
     config, metrics = trainer.config, {}
     batch = MiniBatch.from_problems(problems, trainer.tokenizer)
     ways = {"eval_greedy_": SamplingParams(1, config.max_new_tokens, temperature=0.0)}
@@ -166,6 +172,8 @@ def evaluate(trainer: GRPO, problems: list[Problem]) -> Metrics:
         ways["eval_"] = SamplingParams(config.eval_samples, config.max_new_tokens, config.temperature)
     for prefix, sampling in reversed(ways.items()):
         episodes = rollout(trainer.model, trainer.tokenizer, trainer.task, batch, sampling, seed=config.seed)
+        if show and sampling.temperature == 0:
+            show(episodes[:SHOWN])
         means = reward_metrics(episodes, trainer.task)
         for name in ("reward", "solved", "false_sums", "completions/mean_length", "completions/clipped_ratio"):
             if name in means:

@@ -72,7 +72,13 @@ def test_a_sample_keeps_everything_and_stays_one_ascii_line(tmp_path):
         "advantage": 0.5,
         "finish_reason": "stop",
         "response_tokens": 2,
+        # of the first group only, for the report
+        "prompt_ids": [1, 0],
+        "token_ids": [7, 8],
+        "tokens": ["prompt [7]", "prompt [8]"],
+        "token_logprobs": [-0.1, -0.2],
     }
+    assert "tokens" not in second
     assert (second["reward"], second["prompt"]) == (None, "prompt [1, 1]")
 
 

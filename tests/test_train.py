@@ -89,6 +89,8 @@ def test_three_steps_and_a_resume(checkpoint_folder, tmp_path, even_letters, cap
         assert row["grad_norm"] > 0
         assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert len((run_dir / "samples.jsonl").read_text().splitlines()) == 3 * 2 * 4
+    shown = [json.loads(line)["step"] for line in (run_dir / "held_out.jsonl").read_text().splitlines()]
+    assert sorted(set(shown)) == sorted({row["step"] for row in rows if "eval_greedy_reward" in row})
     assert list(run_dir.glob("events.out.tfevents*"))
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["steps"] == 3
 
