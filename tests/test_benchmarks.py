@@ -67,3 +67,95 @@ def test_the_budget_counts_what_can_be_counted_by_hand():
     assert sum(shared[name].operations for name in ("qkv", "o", "gate+up", "down", "head")) == 2 * 32 * weights
     assert shared["attention"].bytes == 24 * 2 * 2 * 128 * (32 * 32 + 4 * 134)
     assert repeated["attention"].bytes == 24 * 2 * 2 * 128 * (32 * 32 + 32 * 134)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures from the metrics of runs
+
+
+def write_metrics(folder: Path, solved: list[float]) -> None:
+    """A run of len(solved) - 1 steps: evaluated at each, and `solved` is what it got."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step, share in enumerate(solved):
+        names = ("eval_greedy_solved", "eval_format", "eval_greedy_format", "eval_false_sums")
+        record = {"step": step, "eval_solved": share, "eval_mean_length": 50 + step, **dict.fromkeys(names, 0.5)}
+        if step:
+            record |= {"reward": share, "entropy": 1.0, "completions/mean_length": 50.0, "step_time": 30.0,
+                       "clip_ratio/low_mean": 0.1, "clip_ratio/high_mean": 0.2}  # fmt: skip
+        lines.append(json.dumps(record) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    compare = load("compare")
+    monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(compare, "SWEEPS", {"x": {"one way": "--lr 1", "another": "--lr 2"}})
+    write_metrics(compare.run_folder("x", "one way", 0), [0.1, 0.3, 0.5])
+    write_metrics(compare.run_folder("x", "one way", 1), [0.1, 0.4, 0.7])
+    write_metrics(compare.run_folder("x", "another", 0), [0.1, 0.2, 0.2])
+    return compare
+
+
+def test_a_sweep_is_the_mean_over_its_seeds_and_their_range(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "x", "--report", "--out", str(tmp_path / "out")])
+    sweep.main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("| one way | 2 | 0.100 -> 0.600 (0.500 to 0.700) |")
+    assert said[3].startswith("| another | 1 | 0.100 -> 0.200 |")
+    assert {"hardware", "commands", "sweep"} <= json.loads(said[-1]).keys()
+    raw = [json.loads(line) for line in (tmp_path / "out" / "x.jsonl").read_text().splitlines()]
+    assert [(r["variant"], r["seed"], len(r["records"])) for r in raw] == [
+        ("one way", 0, 3), ("one way", 1, 3), ("another", 0, 3),
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "x.png").stat().st_size > 10_000
+
+
+def test_a_sweeps_curves_have_every_run_at_every_step(sweep):
+    runs = sweep.collect("x", [0, 1])["one way"]
+    assert sweep.curves(list(runs.values()), "eval_solved") == ([0, 1, 2], [[0.1, 0.1], [0.3, 0.4], [0.5, 0.7]])
+    steps, rows = sweep.curves(list(runs.values()), "clipped")
+    assert (steps, [row[0] for row in rows]) == ([1, 2], [pytest.approx(0.3)] * 2)
+
+
+def test_a_sweep_runs_what_is_missing_and_nothing_else(sweep, tmp_path, monkeypatch):
+    asked = []
+
+    def train(command, **options):
+        asked.append(command)
+        write_metrics(Path(command[command.index("--run-dir") + 1]), [0.1, 0.2])
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(sweep.subprocess, "run", train)
+    for variant, flags in sweep.SWEEPS["x"].items():
+        for seed in (0, 1):
+            sweep.run("x", variant, flags, seed, threads=1)
+    assert [(c[2:4], c[c.index("--seed") + 1]) for c in asked] == [(["--lr", "2"], "1")]
+
+
+def test_every_flag_of_every_sweep_is_one_of_trains():
+    from config import parse_args
+
+    for variants in load("compare").SWEEPS.values():
+        for flags in variants.values():
+            parse_args(["--config", str(BENCHMARKS.parent / "configs/countdown-tiny.yaml"), *flags.split()])
+
+
+def test_the_figure_of_several_seeds(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("figures", BENCHMARKS.parent / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path / "results")
+    for seed, solved in enumerate(([0.2, 0.4, 0.6], [0.3, 0.5, 0.7])):
+        write_metrics(tmp_path / f"run-{seed}", solved)
+    figures.main("x", [tmp_path / "run-0", tmp_path / "run-1"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("| run-0 | 0.200 -> 0.600 |")
+    assert said[2].endswith("| 1.0 |")  # minutes: two steps of 30 s
+    assert json.loads(said[-1])["runs"]["run-1"]["eval_solved"] == [0.3, 0.7]
+    assert (tmp_path / "results" / "x.png").stat().st_size > 10_000
+    assert (tmp_path / "results" / "x" / "seed-1.jsonl").read_bytes() == (
+        tmp_path / "run-1" / "metrics.jsonl"
+    ).read_bytes()
+    assert figures.series([{"step": i, "m": v} for i, v in enumerate([1, 3, 5])], "m", 2) == ([0, 1, 2], [1, 2, 4])
