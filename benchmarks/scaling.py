@@ -53,6 +53,9 @@ class Alternating(Task):
     def reward(self, problem, response: str) -> Reward:
         return Reward(next(self.rewards), {})
 
+    def diagnostics(self, problem, response: str) -> dict[str, float]:
+        return {}
+
 
 def worker(args: argparse.Namespace) -> dict[str, float] | None:
     """One process of the measurement; the numbers, in seconds, on rank 0."""

@@ -151,23 +151,26 @@ def step(work: Work, m: Machine, ranks: int, sharded: bool = False) -> dict[str,
 
 
 def engines(work: Work, m: Machine, trainers: int, samplers: int, decode_gain: float = 1.0) -> dict[str, float]:
-    """Rollouts on processes of their own, in slices there as here: weights go to every sampler once a step.
+    """Rollouts on processes of their own: the seconds of a step, and by how many updates answers come late.
 
-    Synchronous, the two wait for each other; asynchronous, a step lasts as long as the slower of them, and learns from
-    answers by weights that are `lag` steps old. `decode_gain`: how much less overhead an engine has for a token.
+    synchronous: the two wait for each other. one ahead: the next answers are sampled while the last are learnt from,
+    and come one update late. continuous: samplers are always full and nobody waits for the longest answer, as late
+    as the updates that are made while it is written. `decode_gain`: how much less overhead an engine has for a token.
     """
     engine = replace(m, overhead_us=m.overhead_us / decode_gain)
-    sample = rollout_s(work, engine, samplers) + exchange_s(work, m, trainers)
+    sample = rollout_s(work, engine, samplers)
     train = step(work, m, trainers, sharded=trainers > 1)
-    learn = train["update"] + train["sum"] + train["optimizer"]
-    send = work.parameters * m.weight_bytes / (m.net_gb_per_s * 1e9)
+    learn = train["update"] + train["sum"] + train["optimizer"] + train["exchange"]
+    send = work.parameters * m.weight_bytes / (m.net_gb_per_s * 1e9)  # each sampler gets all of them
+    continuous = max(rollout_s(replace(work, longest=work.mean), engine, samplers), learn) + send
     return {
         "sampling": sample,
         "learning": learn,
         "weights": send,
         "synchronous": sample + learn + send,
-        "asynchronous": max(sample, learn) + send,
-        "lag": 1 + sample / max(sample, learn),
+        "one ahead": max(sample, learn) + send,
+        "continuous": continuous,
+        "longest late by": sample / continuous,
     }
 
 
@@ -189,19 +192,20 @@ def check(path: str) -> list[dict]:
     """Predictions beside measurements: from one process to several, and from one amount of work to others."""
     reports = [json.loads(line) for line in Path(path).read_text().splitlines() if line.startswith("{")]
     rows = []
-    cpu = Machine(0.05, 10, 50, 8, 1, 1, 100, 10, weight_bytes=4)
-    fitted = None
+    cpu = Machine(0.05, 10, 50, 8, 1, 1, 100, 10)
+    fitted: dict[tuple, Machine] = {}
     for report in reports:
         s, results = report["settings"], report["results"]
         config = Qwen2Config.from_pretrained(locate_pretrained(s["ckpt"])) if s["ckpt"] else None
         config = config or common.shape_config(s["random"])
         one = Work(config, s["prompts"], s["group_size"], s["prompt_tokens"], s["new_tokens"], s["new_tokens"],
                    s["micro_batch_tokens"])  # fmt: skip
-        if "1" in results and fitted is None:
-            fitted = fit(one, results["1"], cpu)
+        kind = (s["ckpt"], s["random"], s["dtype"])
+        if kind not in fitted:
+            fitted[kind] = fit(one, results["1"], replace(cpu, weight_bytes=4 if s["dtype"] == "fp32" else 2))
         for ranks, measured in results.items():
             n = int(ranks)
-            m = fitted
+            m = fitted[kind]
             if n > 1:
                 m = replace(m, link_gb_per_s=2 * (n - 1) / n * measured["sum_gb_per_s"],
                             latency_us=measured["latency_s"] * 1e6)  # fmt: skip

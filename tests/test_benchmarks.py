@@ -13,6 +13,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = {
     "budget": ["--random", "tiny"],
+    "simulate": [],
+    "staleness": ["--updates", "1", "--prompts", "2"],
+    "transfer": ["--answers", "2", "--tokens", "8", "--weights", "0.01", "--repeats", "1"],
     "decode": ["--random", "tiny", "--rows", "4", "8", "--group-size", "4", "--new-tokens", "4", "--repeats", "1"],
     "optimizer": ["--random", "tiny", "--parameters", "100000", "--repeats", "1"],
     "memory": ["--random", "tiny", "--lengths", "8", "--groups", "2", "--prompts", "2"],
@@ -24,7 +27,7 @@ def load(name: str) -> ModuleType:
     if str(BENCHMARKS) not in sys.path:
         sys.path.append(str(BENCHMARKS))  # behind the root; the scripts import common.py and budget.py
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
