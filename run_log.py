@@ -214,8 +214,9 @@ class _JsonLines:
         """All of them, or none and OSError."""
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode("ascii")
         if not self.path.exists():  # deleted: writes to the open file would succeed, and be lost with it
+            again = open(self.path, "ab", buffering=0)  # noqa: SIM115
             self._file.close()
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._file = again
         start = self._file.seek(0, 2)
         try:
             if self._file.write(text) != len(text):

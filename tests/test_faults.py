@@ -1,0 +1,167 @@
+"""A run outlives its disk and its rewards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+import pytest
+from test_train import SMALL, EvenLetters, metrics_of, run
+
+import train
+from checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
+
+# --- disks
+
+
+@contextlib.contextmanager
+def full_disk(run_dir: Path):
+    """Real: no file may grow beyond what metrics.jsonl has now."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((run_dir / "metrics.jsonl").stat().st_size + 10, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def read_only_folder(run_dir: Path):
+    """For root, who may write anywhere, this is somebody else's folder for a while."""
+    root = os.geteuid() == 0
+    for folder in (run_dir, run_dir / "checkpoints"):
+        folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+    for folder in (run_dir, run_dir / "checkpoints"):
+        folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def vanished_folder(run_dir: Path):
+    run_dir.rename(run_dir.with_name("elsewhere"))
+    yield
+    run_dir.with_name("elsewhere").rename(run_dir)
+
+
+@pytest.mark.parametrize("fault", [full_disk, read_only_folder, vanished_folder])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer thread
+def test_a_disk_that_fails_for_two_steps_costs_their_files_and_nothing_else(
+    checkpoint_folder, monkeypatch, caplog, capsys, fault
+):
+    """CHECKLIST 43: in steps 3 and 4 of 6 the disk takes nothing. The checkpoint of step 2 stays whole, each fault is
+    told, and from step 5 on everything is written again."""
+    step, seen, stack = train.GRPO.step, {}, contextlib.ExitStack()
+    with tempfile.TemporaryDirectory() as folder:  # where others may look, too, unlike in pytest's
+        Path(folder).chmod(0o755)
+        run_dir = Path(folder) / "run"
+
+        def faulty(trainer, *args):
+            if trainer.step_count == 2:
+                stack.enter_context(fault(run_dir))
+            if trainer.step_count == 4:
+                stack.close()
+                seen["latest"] = find_checkpoint("latest", run_dir).name
+                verify_checkpoint(find_checkpoint("latest", run_dir))
+            return step(trainer, *args)
+
+        monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+        monkeypatch.setattr(train.GRPO, "step", faulty)
+        words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 6, "--save-every", 1, "--eval-every", 0]
+        with stack:
+            assert run(*words, *SMALL) == 0
+        assert seen["latest"] == "step-000002"
+        assert "no checkpoint at step 3" in caplog.text
+        assert "no checkpoint at step 4" in caplog.text
+        assert "no checkpoint at step 5" not in caplog.text
+        steps = [row["step"] for row in metrics_of(run_dir)]
+        if fault is not read_only_folder:  # an open file of such a folder may still be written
+            assert steps == [0, 1, 2, 5, 6]
+            assert capsys.readouterr().err.count("metrics.jsonl not written") == 1
+        else:
+            assert steps == [0, 1, 2, 3, 4, 5, 6]
+        assert load_checkpoint(find_checkpoint("latest", run_dir))["step"] == 6
+
+
+def test_where_the_last_checkpoint_is_on_no_disk_the_exit_code_says_so(
+    checkpoint_folder, tmp_path, monkeypatch, capsys
+):
+    """CHECKLIST 43: not 0, for whoever started the run in a script would delete what it came from."""
+    monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    assert run("--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 1, *SMALL) == train.NOT_SAVED == 4
+    assert "step 1, the last one, is on no disk" in capsys.readouterr().err
+
+
+def test_a_run_ended_before_its_first_checkpoint_begins_again(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    """CHECKLIST 42: --resume is the command that goes on, whenever the kill came; not where checkpoints were lost."""
+    monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for run_dir in (whole, cut):
+        words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 3, "--save-every", 0, *SMALL]
+        assert run(*words) == 0
+    for path in (cut / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    for path in (*(cut / "checkpoints").iterdir(), cut / "checkpoints"):
+        path.rmdir()
+    assert run("--resume", cut) == 0
+    assert metrics_of(cut) == metrics_of(whole)
+    assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+    (cut / "checkpoints/step-000003/trainer_state.json").unlink()
+    log = (cut / "metrics.jsonl").read_bytes()
+    assert run("--resume", cut) == 2
+    assert "not a checkpoint" in capsys.readouterr().err
+    assert (cut / "metrics.jsonl").read_bytes() == log
+
+
+# --- rewards of users
+
+USER = """
+import os, time
+from dataclasses import dataclass
+from data_types import Problem, Reward
+from task_base import Task
+
+@dataclass(kw_only=True)
+class Mine(Task):
+    def train_problem(self, index):
+        return Problem(f"p{index}", [{"role": "user", "content": f"number {index}"}], index)
+
+    test_problem = train_problem
+
+    def reward(self, problem, response):
+        kind = sum(map(ord, response)) % 5
+        if kind == 0:
+            raise RuntimeError("no")
+        if kind == 1:
+            os._exit(1)
+        if kind == 2:
+            os.fork()
+        return Reward(float(kind), {"mine": float(kind)})
+"""
+
+
+def test_a_run_on_a_reward_that_often_fails_goes_on_and_counts(checkpoint_folder, tmp_path):
+    """CHECKLIST 16: part of each group has no reward; the others are trained on, and the share is in the metrics."""
+    (tmp_path / "mine.py").write_text(USER)
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 2, *SMALL, "--group-size", 6]
+    with pytest.warns(RuntimeWarning, match="counted as NaN, the run goes on"):
+        assert run(*words, "--task", f"{tmp_path / 'mine.py'}:Mine") == 0
+    rows = metrics_of(tmp_path / "run")[1:]
+    assert any(row["rewards/mine/mean"] is not None for row in rows)
+    shares = [row.get("frac_reward_missing", 0) for row in rows]
+    assert 0 < sum(shares) < 2
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert sum(sample["reward"] is None for sample in samples) == round(12 * sum(shares))
+    assert any(row["grad_norm"] > 0 for row in rows)
