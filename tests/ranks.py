@@ -24,7 +24,7 @@ ROOT = Path(distributed.__file__).resolve().parent
 SECONDS = 120  # until a test is given up
 
 
-def run_ranks(n: int, work: Callable, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(n: int, work: Callable, *args: Any, timeout_s: float = 60.0, device: str = "cpu") -> list[Any]:
     """What `work(*args)` returns in each of `n` processes; an exception is returned, and a process that died is None.
 
     `work` is a function of a module, `timeout_s` how long its ranks wait for one another.
@@ -36,7 +36,7 @@ def run_ranks(n: int, work: Callable, *args: Any, timeout_s: float = 60.0) -> li
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(rank) for rank in range(n)]
         processes = [
-            context.Process(target=_rank, args=(rank, n, store.port, timeout_s, results[rank], work, args))
+            context.Process(target=_rank, args=(rank, n, store.port, timeout_s, device, results[rank], work, args))
             for rank in range(n)
         ]
         for process in processes:
@@ -49,12 +49,14 @@ def run_ranks(n: int, work: Callable, *args: Any, timeout_s: float = 60.0) -> li
         return [pickle.loads(file.read_bytes()) if file.is_file() else None for file in results]
 
 
-def _rank(rank: int, n: int, port: int, timeout_s: float, result: Path, work: Callable, args: tuple) -> None:
+def _rank(
+    rank: int, n: int, port: int, timeout_s: float, device: str, result: Path, work: Callable, args: tuple
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
-        with distributed.process_group(timeout_s, "cpu"):
+        with distributed.process_group(timeout_s, device):
             value = work(*args)
     except Exception as error:
         traceback.print_exc()

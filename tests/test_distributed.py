@@ -288,6 +288,27 @@ def test_weights_that_differ_are_found_and_the_rank_is_named(results, n):
     assert results[1][0]["small things"]["odd weights"] is None
 
 
+def gradients_on_a_gpu() -> dict:
+    """The summed gradient and weights of a model on this rank's GPU; the process's own number is its device's."""
+    model = make_model().cuda()
+    recorder = Recorder(model)
+    update_policy(model, recorder, uneven_episodes(), max_grad_norm=1e9, micro_batch_tokens=40)
+    distributed.check_equal_weights(model.parameters(), 1)
+    return {"device": model.device.index, "gradients": {name: g.cpu() for name, g in recorder.seen.items()}}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_gradients_over_nccl_are_those_of_one_process():
+    model = make_model()
+    recorder = Recorder(model)
+    update_policy(model, recorder, uneven_episodes(), max_grad_norm=1e9)
+    for rank, result in enumerate(values_of(run_ranks(2, gradients_on_a_gpu, device="cuda"))):
+        assert result["device"] == rank
+        for name, grad in recorder.seen.items():
+            torch.testing.assert_close(result["gradients"][name], grad, rtol=0, atol=1e-3 * grad.abs().max().item())
+
+
 def test_groups_go_to_the_ranks_by_their_tokens(monkeypatch):
     """Every group to one rank; none has more than another by a group; those that learn are even by themselves."""
     episodes = make_episodes(groups=9, n=3)
