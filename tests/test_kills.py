@@ -39,3 +39,10 @@ def test_runs_killed_at_random_moments_resume_bit_for_bit(kills):
         assert rank == 0 or "adapter/adapter_model.safetensors" in result["compared"]
     if kills == 50:
         assert results["lora_rank 0"]["where"]["inside a save"] > 3
+
+
+@pytest.mark.slow
+def test_sixty_steps_leave_no_handles_threads_or_children_behind():
+    results = script("soak.py", "--steps", 60)
+    for what in ("file handles", "threads", "children"):
+        assert results[what]["growth"] == 0, what
