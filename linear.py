@@ -45,12 +45,20 @@ class Linear(nn.Linear):
 
     packed: Tensor | None = None
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there, drawing means nothing, and imports the compiler: seconds before every run
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.packed)
 
 
 class Embedding(nn.Embedding):
     """ids [N] -> rows of the weight [N, D]"""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         if _in_place and self.weight.requires_grad and torch.is_grad_enabled():

@@ -491,6 +491,15 @@ def test_loading_never_holds_the_weights_twice(tmp_path):
     assert 0.5 < float(done.stdout) < 1.5
 
 
+def test_loading_does_not_import_the_compiler(tmp_path):
+    """Drawing weights on the meta device would: four seconds before every run, for weights that are never used."""
+    make_model().save_pretrained(tmp_path)
+    code = "import sys; from qwen2_llm import Qwen2ForCausalLM as Q; Q.from_pretrained(sys.argv[1])\n"
+    code += "print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_fresh_weights_depend_on_the_seed_alone():
     a, b, c = (dict(Qwen2ForCausalLM.from_config(make_config(), seed=seed).named_parameters()) for seed in (3, 3, 4))
     for name, parameter in a.items():
