@@ -228,12 +228,12 @@ class StopRequest:
         return bool(number)
 
     def _handle(self, number: int, frame) -> None:
+        for again in (signal.SIGINT, signal.SIGTERM):  # before anything is said: who answers that at once is heard
+            signal.signal(again, signal.SIG_DFL)
         self.requested = signal.Signals(number)
         if distributed.is_main():
             name = self.requested.name
             print(f"\n{name}: finishing this step, then saving; once more to leave at once", file=sys.stderr)
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -258,6 +258,26 @@ def test_a_second_signal_leaves_at_once(capsys):
     assert "SIGTERM: finishing this step, then saving; once more to leave at once" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_real_process_in_the_middle_of_a_step(tmp_path, number):
+    """CHECKLIST 45: a step of 2,048 long answers takes far longer than this test waits for the end."""
+    words = ["--prompts-per-step", "256", "--eval-problems", "0", "--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        [sys.executable, "train.py", *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            while not (tmp_path / "run" / "metrics.jsonl").exists():  # from here on signals are the run's
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(number)
+            assert any("once more to leave at once" in line for line in process.stderr)
+            process.send_signal(number)
+            assert process.wait(timeout=20) == -number  # what a shell calls 128 + number
+        finally:
+            process.kill()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
 # --- mistakes
 
 
