@@ -85,6 +85,9 @@ def on_page_content(content: str, page, config, files) -> str:
 
 
 def _mathml(match: re.Match) -> str:
+    """latex2mathml's formula with the spaces of TeX: behind `log x`, and on both sides of the bar of KL(p || q)."""
     display = "block" if match.group(1) == "div" else "inline"
     formula = latex2mathml.converter.convert(html.unescape(match.group(2)).strip(), display=display)
+    formula = re.sub(r"(<mi>(?:log|exp|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>', formula)
+    formula = formula.replace("<mi>&#x02016;</mi>", "<mo>&#x02016;</mo>")
     return f'<div class="formula">{formula}</div>' if display == "block" else formula
