@@ -5,7 +5,7 @@
 
 Takes train.py's flags for the task and the sampling, and besides them
     --samples N       answers a problem (default 8): pass@k is given for k = 1, 2, 4, ... N
-    --compare FOLDER  a second checkpoint on the same problems
+    --compare FOLDER  another checkpoint on the same problems, and the difference problem by problem
     --json FILE       write the numbers there as well; the last line printed is the same JSON
 
 pass@k is the chance that one of k answers is right, estimated from n >= k of them without bias as
@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -52,52 +53,83 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return (centre - spread) / (1 + z2 / n), (centre + spread) / (1 + z2 / n)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of a mean over problems (normal approximation), cut at 0 and 1."""
+def share_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of shares in [0, 1], one a problem, whose answers are not independent of one another.
+
+    Wilson's, of as many independent answers as would have a mean with this variance, and no fewer than there are
+    problems: where all of a few problems came out alike, their own spread would claim certainty.
+    """
     n, mean = len(values), sum(values) / len(values)
-    spread = Z95 * math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
-    return max(0.0, mean - spread), min(1.0, mean + spread)
+    variance = sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n  # of the mean
+    independent = max(n, mean * (1 - mean) / variance) if variance else n
+    return wilson_interval(mean * independent, independent)
 
 
-def evaluate_checkpoint(config: Config, ckpt: str, samples: int) -> dict[str, dict]:
-    """Metric -> {"value", "low", "high"} of one checkpoint; metrics without an interval have None there."""
+def difference_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of after - before, problem by problem, and its 95% interval (normal approximation).
+
+    Narrower than two intervals side by side: the same hard problems are hard for both.
+    """
+    gains = [b - a for a, b in zip(before, after, strict=True)]
+    n, mean = len(gains), sum(gains) / len(gains)
+    spread = Z95 * math.sqrt(sum((g - mean) ** 2 for g in gains) / max(n - 1, 1) / n)
+    return mean, mean - spread, mean + spread
+
+
+class Evaluation(NamedTuple):
+    """Metric -> {"value", "low", "high"} (None where there is no interval), and metric -> a value each problem."""
+
+    results: dict[str, dict]
+    by_problem: dict[str, list[float]]
+
+
+def evaluate_checkpoint(config: Config, ckpt: str, samples: int) -> Evaluation:
+    """Greedy accuracy, pass@k and the parts of the reward of one checkpoint.
+
+    Raises ValueError where the task has no held-out problems, or pays for no `answer`.
+    """
     model, tokenizer = load_policy(config, locate_pretrained(ckpt))
     task = task_from_config(config)
     problems = task.test_problems(config.eval_problems)
+    if not problems:
+        raise ValueError(
+            f"{config.task} gave no held-out problem, --eval-problems is {config.eval_problems}; ask for some"
+        )
     batch = MiniBatch.from_problems(problems, tokenizer)
 
     def answers(n: int, temperature: float) -> list[Episode]:
         sampling = SamplingParams(n, config.max_new_tokens, temperature, config.top_k, config.top_p, config.min_p)
         return rollout(model, tokenizer, task, batch, sampling, seed=config.seed)
 
-    results = {}
-    greedy = answers(1, temperature=0.0)
-    right = sum(map(is_right, greedy))
-    results["greedy"] = with_interval(right / len(greedy), wilson_interval(right, len(greedy)))
+    by_problem = {"greedy": [float(is_right(episode)) for episode in answers(1, temperature=0.0)]}
     sampled = answers(samples, config.temperature)
     correct = defaultdict(int)
     for episode in sampled:
         correct[episode.group_id] += is_right(episode)
     for k in (2**i for i in range(samples.bit_length()) if 2**i <= samples):
-        values = [pass_at_k(samples, c, k) for c in correct.values()]
-        results[f"pass@{k}"] = with_interval(sum(values) / len(values), mean_interval(values))
+        by_problem[f"pass@{k}"] = [pass_at_k(samples, c, k) for c in correct.values()]
+    results = {
+        name: with_interval(sum(values) / len(values), share_interval(values)) for name, values in by_problem.items()
+    }
     for name, value in reward_metrics(sampled, task).items():
         if name not in ("reward_std", "frac_reward_zero_std") and not name.endswith("/std"):
             results[name] = with_interval(value, (None, None))
-    return results
+    return Evaluation(results, by_problem)
 
 
 def is_right(episode: Episode) -> bool:
-    return episode.reward_parts.get("answer", 0.0) == 1.0
+    if "answer" not in episode.reward_parts and not math.isnan(episode.reward):
+        raise ValueError("the task's reward has no part 'answer' (1.0 where an answer is right), which pass@k counts")
+    return episode.reward_parts.get("answer") == 1.0
 
 
 def with_interval(value: float, interval: tuple) -> dict:
     return {"value": value, "low": interval[0], "high": interval[1]}
 
 
-def table(results: dict[str, dict[str, dict]]) -> Table:
+def table(results: dict[str, dict[str, dict]], title: str) -> Table:
     """A row a metric, a column a checkpoint."""
-    out = Table(title="held-out problems")
+    out = Table(title=title)
     out.add_column("metric")
     for ckpt in results:
         out.add_column(ckpt, justify="right")
@@ -110,6 +142,12 @@ def table(results: dict[str, dict[str, dict]]) -> Table:
     return out
 
 
+def differences(before: Evaluation, after: Evaluation) -> dict[str, dict]:
+    """after - before, metric by metric, on the same problems."""
+    pairs = {name: difference_interval(before.by_problem[name], after.by_problem[name]) for name in before.by_problem}
+    return {name: with_interval(mean, interval) for name, (mean, *interval) in pairs.items()}
+
+
 def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(__doc__)
@@ -118,17 +156,33 @@ def main(argv: list[str]) -> int:
         compare, argv = take_flag(argv, "--compare")
         file, argv = take_flag(argv, "--json")
         config = parse_args(argv)
-        n = int(samples[-1]) if samples else 8
-        results = {ckpt: evaluate_checkpoint(config, ckpt, n) for ckpt in [config.ckpt, *compare]}
+        ckpts, n = [config.ckpt, *compare], _samples(samples)
+        if len(set(ckpts)) < len(ckpts):
+            raise ValueError(f"a checkpoint is named twice: {', '.join(ckpts)}")
+        if file and not Path(file[-1]).resolve().parent.is_dir():
+            raise ValueError(f"--json {file[-1]}: there is no such folder; make it first")
+        found = {ckpt: evaluate_checkpoint(config, ckpt, n) for ckpt in ckpts}
     except (ValueError, FileNotFoundError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    Console().print(table(results))
-    line = json.dumps({"task": config.task, "problems": config.eval_problems, "samples": n, "results": results})
+    results = {ckpt: evaluation.results for ckpt, evaluation in found.items()}
+    gains = {f"{ckpt} - {ckpts[0]}": differences(found[ckpts[0]], found[ckpt]) for ckpt in compare}
+    Console().print(table(results, "held-out problems"))
+    if gains:
+        Console().print(table(gains, "difference, problem by problem"))
+    problems = len(found[ckpts[0]].by_problem["greedy"])
+    report = {"task": config.task, "problems": problems, "samples": n, "results": results, "differences": gains}
+    print(json.dumps(report))
     if file:
-        Path(file[-1]).write_text(line + "\n", encoding="utf-8")
-    print(line)
+        Path(file[-1]).write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0
+
+
+def _samples(given: list[str]) -> int:
+    text = given[-1] if given else "8"
+    if not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"--samples {text}: expected a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

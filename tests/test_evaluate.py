@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 
-from evaluate import main, mean_interval, pass_at_k, wilson_interval
+from evaluate import difference_interval, main, pass_at_k, share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(5, 2, 1), (5, 2, 2), (6, 0, 3), (6, 6, 3), (4, 3, 2), (8, 1, 8)])
@@ -31,10 +31,29 @@ def test_wilson_interval_holds_the_proportions_that_a_score_test_does_not_reject
         assert abs(successes / n - p) == pytest.approx(1.959964 * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-9)
 
 
-def test_mean_interval_is_the_standard_error_around_the_mean():
-    low, high = mean_interval([0.0, 0.5, 0.5, 1.0])
-    spread = 1.959964 * math.sqrt((0.25 + 0.25) / 3 / 4)
-    assert (low, high) == pytest.approx((0.5 - spread, 0.5 + spread))
+def test_the_interval_of_single_answers_is_wilsons():
+    assert share_interval([1.0] * 3 + [0.0] * 5)[0] == pytest.approx(wilson_interval(3, 8)[0], abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_few_problems_that_came_out_alike_are_no_certainty(share):
+    assert share_interval([share] * 4) == wilson_interval(4 * share, 4)
+
+
+def test_many_answers_a_problem_narrow_the_interval_as_far_as_they_vary():
+    """Shares of .4 to .6: the mean of 8 of them has a standard error of .0378, so as if from 175 answers."""
+    values = [0.4, 0.6] * 4
+    error = math.sqrt(8 * 0.01 / 7 / 8)
+    low, high = share_interval(values)
+    assert high - low == pytest.approx(2 * 1.959964 * error, rel=0.02)
+    assert (low + high) / 2 == pytest.approx(0.5)
+
+
+def test_a_gain_is_counted_problem_by_problem():
+    before, after = [0.0, 0.5, 1.0, 0.2], [0.1, 0.6, 1.1, 0.3]
+    assert difference_interval(before, after) == pytest.approx((0.1, 0.1, 0.1))
+    mean, low, high = difference_interval([0.0, 0.0], [0.0, 1.0])
+    assert (mean, high - low) == pytest.approx((0.5, 2 * 1.959964 * 0.5))
 
 
 def test_evaluates_and_compares_two_checkpoints_and_prints_json_last(capsys, tmp_path):
@@ -45,9 +64,34 @@ def test_evaluates_and_compares_two_checkpoints_and_prints_json_last(capsys, tmp
     before, after = last["results"]["countdown-tiny"], last["results"]["assets/countdown-tiny"]
     assert before == after  # the same weights, problems and seed
     assert {"greedy", "pass@1", "pass@2"} <= set(before)
+    gain = last["differences"]["assets/countdown-tiny - countdown-tiny"]
+    assert gain["pass@1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert before["pass@2"]["value"] >= before["pass@1"]["value"] == before["rewards/answer/mean"]["value"]
 
 
-def test_a_wrong_flag_is_one_line_and_exit_code_2(capsys):
-    assert main(["--ckpt", "no/such", "--eval-problems", "2"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ckpt", "no/such", "--eval-problems", "2"], "no/such"),
+        (["--eval-problems", "0"], "gave no held-out problem"),
+        (["--samples", "x"], "--samples x: expected a whole number"),
+        (["--samples", "0"], "--samples 0: expected"),
+        (["--compare", "countdown-tiny"], "named twice"),
+        (["--json", "no/such/folder/out.json"], "make it first"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_work(flags, said, capsys):
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_reward_without_an_answer_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from data_types import Reward\nfrom math_task import ArithmeticTask\n\n\nclass Mine(ArithmeticTask):\n"
+        "    def reward(self, problem, response):\n        return Reward(1.0, {'style': 1.0})\n"
+    )
+    flags = ["--task", f"{tmp_path}/mine.py:Mine", "--eval-problems", "2", "--samples", "1", "--max-new-tokens", "2"]
+    assert main(flags) == 2
+    assert "has no part 'answer'" in capsys.readouterr().err
