@@ -137,13 +137,21 @@ def _delete_old(folder: Path, newest: Path, keep: int) -> None:
             _delete(path)
 
 
-def rewind(run_dir: str | Path, step: int) -> None:
+def rewind(run_dir: str | Path, step: int, keep: int | None = None) -> None:
     """Let `latest` be the checkpoint of `step`, of a run that will go on from there. Call it before its log is cut,
-    so that log and checkpoint agree whenever the run dies. The next save deletes the checkpoints after it."""
+    so that log and checkpoint agree whenever the run dies. The next save deletes the checkpoints after it.
+
+    keep: as for `save_checkpoint`. Where none is after it, the old ones go now: the save that was to delete them may
+    have been killed, and of a run that is at its end there is no next one.
+    """
     folder = Path(run_dir) / "checkpoints"
     _tidy(folder)
-    if (folder / _name(step)).is_dir():
-        _point_latest_to(folder / _name(step))
+    final = folder / _name(step)
+    if not final.is_dir():
+        return
+    _point_latest_to(final)
+    if keep is not None and all(_step(path) <= step for path in _checkpoints(folder)):
+        _delete_old(folder, final, keep)
 
 
 # --- load

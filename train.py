@@ -73,7 +73,7 @@ def train(config: Config) -> int:
         set_random_states(state["random"])
         trainer.load_state_dict(state["trainer"])
         first = step = trainer.step_count = state["step"]
-        distributed.on_main(lambda: rewind(run_dir, first))
+        distributed.on_main(lambda: rewind(run_dir, first, config.keep_checkpoints))
 
     stop = StopRequest()
     with distributed.on_main(lambda: RunLog(run_dir, config, total_steps=config.steps)) or NoLog() as log:

@@ -202,6 +202,16 @@ def test_rewind_makes_another_future(run):
     assert find_checkpoint("latest", run.folder).name == "step-000003"
 
 
+def test_a_resume_deletes_what_a_killed_save_did_not(run):
+    """A process killed between the new checkpoint and the deletion of the old: at its end, a run saves no more."""
+    for step in (1, 2, 3, 4):
+        run(step, keep=9)
+    rewind(run.folder, 2, keep=1)
+    assert len(names(run.folder)) == 5, "what is after the step stays until the next save"
+    rewind(run.folder, 4, keep=2)
+    assert names(run.folder) == ["latest", "step-000003", "step-000004"]
+
+
 def test_the_same_step_can_be_saved_again(run):
     run(1)
     run.optimizer.param_groups[0]["lr"] = 0.125
