@@ -3,12 +3,16 @@
     python report.py runs/NAME                       # writes runs/NAME/report.html
     python report.py runs/A runs/B --out compare.html
     python report.py runs/NAME --ratio               # also how much likelier the last checkpoint makes the samples
+    python report.py runs/NAME --png FOLDER          # also a picture of every chart, drawn by matplotlib
 
 Reads what a run leaves behind (config.yaml, metrics.jsonl, samples.jsonl, held_out.jsonl), also of a run that is still
 going on or was killed in the middle of a line. The charts are plotly's, whose camera button saves a picture; its script
-is in the page.
+is in the page, and nearly all of its 4.9 MB.
 
-The band around a share (solved problems, say) is its 95% interval (Wilson 1927) from the number of answers behind it.
+The band around a share of solved problems is its 95% interval. Answers to one problem resemble one another, so they do
+not count as independent ones: where samples.jsonl holds a whole step, evaluate.py's `share_interval` takes their spread
+from problem to problem; elsewhere (evaluations, a share of the samples) it is Wilson's of as many answers as there are
+problems, which is a little wide where each was answered several times.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -25,9 +30,10 @@ import plotly.offline
 import torch
 import yaml
 
+from checkpoint import find_checkpoint
 from config import Config, load_config
 from data_types import Episode
-from evaluate import wilson_interval
+from evaluate import share_interval, wilson_interval
 from grpo import load_policy
 from run_log import read_lines
 from scoring import score_episodes
@@ -53,8 +59,12 @@ CHARTS = {  # title -> metrics; what a run did not log is left out
     "Norm of the gradient": ["grad_norm"],
     "Seconds a step": ["step_time"],
     "Tokens a second": ["rollout/tokens_per_second", "update/tokens_per_second"],
+    "Learning rate": ["learning_rate"],
+    "Peak memory (GiB)": ["memory/peak_gib"],
 }
 BANDS = ("solved", "eval_solved", "eval_greedy_solved")  # shares of answers that are right
+SAMPLE_KEYS = {"step", "group_id", "problem", "prompt", "response", "reward", "reward_parts", "advantage",
+               "finish_reason", "response_tokens"}  # fmt: skip
 SUMMARY = ["eval_solved", "eval_greedy_solved", "eval_reward", "eval_format", "eval_mean_length", "eval_clipped_ratio",
            "eval_false_sums", "reward", "solved", "entropy", "completions/mean_length", "step_time"]  # fmt: skip
 
@@ -67,19 +77,38 @@ def read_run(folder: Path) -> dict:
     if not metrics:
         raise ValueError(f"{folder}/metrics.jsonl holds no step yet; wait for the first, or take another run")
     config = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else Config()
-    samples, held_out = (
-        read_lines(folder / name) if (folder / name).is_file() else [] for name in ("samples.jsonl", "held_out.jsonl")
-    )
+    samples, held_out = read_samples(folder / "samples.jsonl"), read_samples(folder / "held_out.jsonl")
     return {"folder": folder, "name": folder.name, "config": config, "metrics": metrics, "samples": samples,
             "held_out": held_out}  # fmt: skip
 
 
+def read_samples(path: Path) -> list[dict]:
+    """The answers in a file, none where it is not there. Raises ValueError where one lacks what a run writes."""
+    samples = read_lines(path) if path.is_file() else []
+    for sample in samples:
+        if missing := SAMPLE_KEYS - sample.keys():
+            raise ValueError(f"{path}: an answer of step {sample['step']} has no {min(missing)!r}; train.py writes it")
+    return samples
+
+
+def name_apart(runs: list[dict]) -> None:
+    """Runs in folders of the same name are called by as much of their path as tells them apart."""
+    for run in runs:
+        parts, same = run["folder"].resolve().parts, [other["folder"].resolve().parts for other in runs]
+        if same.count(parts) > 1:
+            raise ValueError(f"{run['folder']} is named twice; a comparison takes each run once")
+        length = next(n for n in range(1, len(parts) + 1) if sum(p[-n:] == parts[-n:] for p in same) == 1)
+        run["name"] = "/".join(parts[-length:])
+
+
 def facts(runs: list[dict]) -> dict:
     """Everything that the page shows, ready for JSON."""
+    name_apart(runs)
     return {
         "names": [run["name"] for run in runs],
         "charts": [chart for title in CHARTS if (chart := chart_of(title, runs))["lines"]],
-        "summary": [summary(run) for run in runs],
+        "summary": summary(runs),
+        "steps": [(run["metrics"][0]["step"], run["metrics"][-1]["step"]) for run in runs],
         "differences": differences(runs),
         "held_out": {run["name"]: held_out(run) for run in runs},
         "groups": {run["name"]: groups(run) for run in runs},
@@ -90,10 +119,10 @@ def chart_of(title: str, runs: list[dict]) -> dict:
     lines = []
     for number, run in enumerate(runs):
         for name in _expand(CHARTS[title], run["metrics"]):
-            points = [(r["step"], r[name]) for r in run["metrics"] if isinstance(r.get(name), (int, float))]
+            points = [(r["step"], r[name]) for r in run["metrics"] if is_number(r.get(name))]
             if points:
                 line = {"run": number, "metric": name, "x": [x for x, _ in points], "y": [y for _, y in points]}
-                lines.append(line | (band(name, run["config"], line["y"]) if name in BANDS else {}))
+                lines.append(line | (band(name, run, points) if name in BANDS else {}))
     return {"title": title, "lines": lines}
 
 
@@ -107,25 +136,42 @@ def _expand(names: list[str], metrics: list[dict]) -> list[str]:
     return found
 
 
-def band(name: str, config: Config, shares: list[float]) -> dict:
-    """95% interval of each share, from how many answers there were."""
-    answers = {
-        "solved": config.prompts_per_step * config.group_size,
-        "eval_solved": config.eval_problems * max(1, config.eval_samples),
-        "eval_greedy_solved": config.eval_problems,
-    }[name]
-    intervals = [wilson_interval(share * answers, answers) for share in shares]
+def band(name: str, run: dict, points: list[tuple[int, float]]) -> dict:
+    """95% interval of each (step, share); see the module's docstring."""
+    config, shares = run["config"], shares_by_step(run) if name == "solved" else {}
+    problems = config.prompts_per_step if name == "solved" else config.eval_problems
+    intervals = [
+        share_interval(shares[step]) if step in shares else wilson_interval(share * problems, problems)
+        for step, share in points
+    ]
     return {"low": [low for low, _ in intervals], "high": [high for _, high in intervals]}
 
 
-def summary(run: dict) -> list[dict]:
-    """Metric by metric, its first value and its last, with their steps."""
+def shares_by_step(run: dict) -> dict[int, list[float]]:
+    """Step -> share of right answers, problem by problem, for steps whose samples were all kept."""
+    right = defaultdict(lambda: defaultdict(list))
+    for sample in run["samples"]:
+        right[sample["step"]][sample["group_id"]].append(sample["reward_parts"].get("answer") == 1.0)
+    answers = run["config"].prompts_per_step * run["config"].group_size
+    return {
+        step: [sum(group) / len(group) for group in groups.values()]
+        for step, groups in right.items()
+        if sum(map(len, groups.values())) == answers
+    }
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """A row a metric, and for each run its first and last (step, value), or None."""
     rows = []
     for name in SUMMARY:
-        points = [(r["step"], r[name]) for r in run["metrics"] if isinstance(r.get(name), (int, float))]
-        if points:
-            rows.append({"metric": name, "first": points[0], "last": points[-1]})
+        points = [[(r["step"], r[name]) for r in run["metrics"] if is_number(r.get(name))] for run in runs]
+        if any(points):
+            rows.append({"metric": name, "runs": [{"first": p[0], "last": p[-1]} if p else None for p in points]})
     return rows
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def differences(runs: list[dict]) -> list[dict]:
@@ -173,11 +219,7 @@ def add_ratios(run: dict, shown: list[dict]) -> None:
 
     Raises FileNotFoundError where the run has no checkpoint.
     """
-    folder = run["folder"] / "checkpoints"
-    steps = sorted(folder.glob("step-*"))
-    if not steps:
-        raise FileNotFoundError(f"{folder} holds no checkpoint, and --ratio compares with the last one; leave it out")
-    model, tokenizer = load_policy(run["config"], steps[-1])
+    model, tokenizer = load_policy(run["config"], find_checkpoint(run["folder"]))
     answers = [a for group in shown for a in group["answers"] if "token_ids" in a]
     episodes = [_episode(a, tokenizer, run["config"].temperature) for a in answers]
     for answer, scores in zip(answers, score_episodes(model, episodes)):
@@ -214,11 +256,45 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def save_pictures(charts: list[dict], names: list[str], folder: Path) -> None:
+    """Each chart as FOLDER/<title>.png. Raises ValueError where matplotlib is not installed."""
+    try:
+        import matplotlib.figure  # here: the page does without
+    except ImportError:
+        raise ValueError("--png draws with matplotlib, which is not installed: pip install matplotlib") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in charts:
+        rows = -(-len(chart["lines"]) // 2)  # of the legend below
+        figure = matplotlib.figure.Figure(figsize=(6, 3.5 + 0.16 * rows), constrained_layout=True)
+        axis = figure.subplots()
+        draw_chart(axis, chart, names)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+        figure.savefig(folder / (re.sub(r"\W+", "-", chart["title"].lower()).strip("-") + ".png"), dpi=150)
+
+
+def draw_chart(axis, chart: dict, names: list[str]) -> None:
+    """The lines and bands of one chart on matplotlib's axes: of several runs a colour each, and a dash a metric."""
+    metrics = list(dict.fromkeys(line["metric"] for line in chart["lines"]))
+    for line in chart["lines"]:
+        kind, many = metrics.index(line["metric"]), len(names) > 1
+        colour, label = f"C{(line['run'] if many else kind) % 10}", line["metric"]
+        axis.plot(
+            line["x"], line["y"], color=colour, linestyle=("-", ":", "--", "-.")[kind % 4 if many else 0],
+            linewidth=1.3, marker="." if label.startswith("eval") else None,
+            label=(f"{names[line['run']]}: {label}" if many else label).replace("$", r"\$"),
+        )  # fmt: skip
+        if "low" in line and (label.startswith("eval") or not many):
+            axis.fill_between(line["x"], line["low"], line["high"], color=colour, alpha=0.15, linewidth=0)
+    axis.set(title=chart["title"], xlabel="step")
+    axis.grid(alpha=0.3)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     parser.add_argument("--ratio", action="store_true", help="score the shown samples with the last checkpoint")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write every chart as a picture there")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
     try:
@@ -227,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.ratio:
             for run in runs:
                 add_ratios(run, shown["groups"][run["name"]])
+        if args.png:
+            save_pictures(shown["charts"], shown["names"], args.png)
         out.write_text(page(shown), encoding="utf-8", errors="replace")  # a lone surrogate has no UTF-8
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)

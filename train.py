@@ -15,6 +15,7 @@ no random state to carry from step to step: a resumed run does what the uninterr
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import resource
@@ -76,7 +77,8 @@ def train(config: Config) -> int:
         distributed.on_main(lambda: rewind(run_dir, first, config.keep_checkpoints))
 
     stop = StopRequest()
-    with distributed.on_main(lambda: RunLog(run_dir, config, total_steps=config.steps)) or NoLog() as log:
+    told = dataclasses.replace(config, eval_problems=len(held_out))  # a finite data set may have fewer than asked for
+    with distributed.on_main(lambda: RunLog(run_dir, told, total_steps=config.steps)) or NoLog() as log:
         if config.resume:
             log.truncate_after(first if resumed else -1)
         if held_out and not resumed:

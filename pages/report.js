@@ -22,32 +22,46 @@ function smoothed(values, window) {
   });
 }
 
-// One run: a colour for each metric. Several: a colour for each run, a dash for each metric.
+// One run: a colour for each metric. Several: a colour for each run, a dash for each metric, and bands of evaluations only;
+// the legend names the runs, which a click hides, and then the dashes.
 function traces(chart) {
   const metrics = [...new Set(chart.lines.map((line) => line.metric))], many = FACTS.names.length > 1;
-  return chart.lines.flatMap((line) => {
+  const dash = (metric) => (many ? DASHES[metrics.indexOf(metric) % DASHES.length] : "solid");
+  const named = new Set();
+  const drawn = chart.lines.flatMap((line) => {
     const colour = COLOURS[(many ? line.run : metrics.indexOf(line.metric)) % COLOURS.length];
     const training = !line.metric.startsWith("eval"), smooth = byId("smooth").checked && training;
-    const name = many ? `${FACTS.names[line.run]}: ${line.metric}` : line.metric;
-    const drawn = { x: line.x, y: smooth ? smoothed(line.y, 10) : line.y, name, mode: training ? "lines" : "lines+markers",
-      marker: { size: 5 }, line: { color: colour, width: training ? 1.5 : 2,
-        dash: many ? DASHES[metrics.indexOf(line.metric) % DASHES.length] : "solid" } };
-    if (!line.low || smooth) return [drawn];
-    const edge = { x: line.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
-    return [{ ...edge, y: line.low }, { ...edge, y: line.high, fill: "tonexty", fillcolor: colour + "26" }, drawn];
+    const group = { legendgroup: many ? line.run : line.metric, showlegend: !many || !named.has(line.run) };
+    named.add(line.run);
+    const curve = { x: line.x, y: smooth ? smoothed(line.y, 10) : line.y, ...group,
+      name: plain(many ? FACTS.names[line.run] : line.metric), mode: training ? "lines" : "lines+markers", marker: { size: 5 },
+      text: plain(line.metric), hovertemplate: `%{y:.4g} %{text}<extra>${many ? "%{fullData.name}" : ""}</extra>`,
+      line: { color: colour, width: training ? 1.5 : 2, dash: dash(line.metric) } };
+    if (!line.low || smooth || (many && training)) return [curve];
+    const edge = { x: line.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: group.legendgroup };
+    return [{ ...edge, y: line.low }, { ...edge, y: line.high, fill: "tonexty", fillcolor: colour + "26" }, curve];
   });
+  if (many && metrics.length > 1) drawn.push(...metrics.map((metric) => ({ x: [chart.lines[0].x[0]], y: [null], name: plain(metric),
+    mode: "lines", legendgroup: "metric " + metric, line: { color: css("--ink"), width: 1.5, dash: dash(metric) } })));
+  return drawn;
 }
+
+// plotly reads some HTML in names: a run's folder may be called anything.
+const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
 
 function drawCharts() {
   const grid = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
-  const columns = FACTS.names.length > 1 ? 1 : innerWidth < 600 ? 1 : 2; // of the legend below a chart
   byId("charts").replaceChildren(...FACTS.charts.map(() => element("div")));
-  FACTS.charts.forEach((chart, i) => Plotly.newPlot(byId("charts").children[i], traces(chart), {
-    title: { text: chart.title, font: { size: 14 } }, height: 260 + 17 * Math.ceil(chart.lines.length / columns), margin: { l: 46, r: 10, t: 36, b: 34 },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 11 },
-    xaxis: grid, yaxis: grid, hovermode: "x unified", hoverlabel: { bgcolor: css("--card") }, showlegend: true,
-    legend: { orientation: "h", y: -0.14, font: { size: 10 } },
-  }, { responsive: true, displaylogo: false, toImageButtonOptions: { format: "png", scale: 2, filename: chart.title } }));
+  FACTS.charts.forEach((chart, i) => {
+    const data = traces(chart), entries = data.filter((trace) => trace.showlegend !== false).length;
+    const values = new Set(data.flatMap((trace) => trace.y)); // of one value alone plotly would show 1 more and 1 less
+    Plotly.newPlot(byId("charts").children[i], data, {
+      title: { text: chart.title, font: { size: 14 } }, height: 290 + 19 * entries, margin: { l: 46, r: 10, t: 36, b: 34 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 11 },
+      xaxis: grid, yaxis: { ...grid, rangemode: values.size === 1 ? "tozero" : "normal" }, hovermode: "x unified", hoverlabel: { bgcolor: css("--card") }, showlegend: true,
+      legend: { y: -0.13, yanchor: "top", x: 0, font: { size: 10 }, maxheight: 1, tracegroupgap: 0 },
+    }, { responsive: true, displaylogo: false, toImageButtonOptions: { format: "png", scale: 2, filename: chart.title } });
+  });
 }
 
 const parts = (answer) => Object.entries(answer.reward_parts).map(([name, value]) => `${name} ${value}`).join(", ");

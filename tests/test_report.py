@@ -6,24 +6,25 @@ import json
 import math
 import shutil
 
+import matplotlib.figure
 import pytest
 
 import report
 from config import Config, save_yaml
-from evaluate import wilson_interval
+from evaluate import share_interval, wilson_interval
 from train import main as train_main
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><img src=x onerror=alert(1)> \x1b[2J \ud800 & <b>"
 
 
-def sample(step, group, i, tokens=True, **changes):
+def sample(step, group, i, by_token=True, **changes):
     record = {
         "step": step, "group_id": group, "problem": f"problem {group}", "prompt": "p", "response": f"answer {i}",
         "reward": float(i), "reward_parts": {"format": 1.0, "answer": float(i)}, "advantage": i - 0.5,
         "finish_reason": "stop", "response_tokens": 2,
     }  # fmt: skip
-    if tokens:
+    if by_token:
         record |= {
             "tokens": ["answer", f" {i}"],
             "token_logprobs": [-0.1, -2.0],
@@ -62,19 +63,61 @@ def test_curves_are_the_metrics_without_what_is_missing(tmp_path):
     assert "Divergence (nats)" not in charts
 
 
-def test_the_band_is_the_interval_of_as_many_answers_as_there_were(tmp_path):
-    charts = {c["title"]: c["lines"] for c in facts_of(write_run(tmp_path / "a"))["charts"]}
+def test_the_band_is_the_interval_of_as_many_answers_as_there_were_problems(tmp_path):
+    charts = {c["title"]: c["lines"] for c in facts_of(write_run(tmp_path / "a", eval_samples=4, samples=[]))["charts"]}
     lines = {line["metric"]: line for line in charts["Solved"]}
     low, high = wilson_interval(0.6 * 50, 50)
     assert (lines["eval_solved"]["low"][1], lines["eval_solved"]["high"][1]) == (low, high)
-    assert lines["solved"]["high"][0] == wilson_interval(0.25 * 4, 4)[1]
+    assert lines["solved"]["high"][0] == wilson_interval(0.25 * 2, 2)[1]
     assert "low" not in charts["Reward"][0]
 
 
+def test_the_band_of_a_step_with_all_its_samples_is_of_the_spread_between_problems(tmp_path):
+    """Step 1 is whole, its problems solved by half and by none; of step 2 one answer of four was not kept."""
+    right = [(1, 10, 1), (1, 10, 0), (1, 11, 0), (1, 11, 0), (2, 20, 1), (2, 20, 0), (2, 21, 1)]
+    samples = [sample(step, group, i) for step, group, i in right]
+    charts = {c["title"]: c["lines"] for c in facts_of(write_run(tmp_path / "a", samples=samples))["charts"]}
+    line = next(line for line in charts["Solved"] if line["metric"] == "solved")
+    assert (line["low"][0], line["high"][0]) == share_interval([0.5, 0.0])
+    assert (line["low"][1], line["high"][1]) == wilson_interval(0.75 * 2, 2)
+
+
 def test_the_summary_has_first_and_last(tmp_path):
-    rows = {row["metric"]: row for row in facts_of(write_run(tmp_path / "a"))["summary"][0]}
-    assert rows["eval_solved"] == {"metric": "eval_solved", "first": (0, 0.2), "last": (2, 0.6)}
-    assert rows["reward"]["first"] == (1, 0.1)
+    other = write_run(tmp_path / "b", metrics=[{"step": 3, "eval_solved": 0.5}])
+    rows = {row["metric"]: row["runs"] for row in facts_of(write_run(tmp_path / "a"), other)["summary"]}
+    assert rows["eval_solved"] == [{"first": (0, 0.2), "last": (2, 0.6)}, {"first": (3, 0.5), "last": (3, 0.5)}]
+    assert rows["reward"] == [{"first": (1, 0.1), "last": (2, 0.5)}, None]
+
+
+def test_runs_of_one_name_keep_their_own_samples(tmp_path):
+    for parent in ("x", "y"):
+        (tmp_path / parent).mkdir()
+    one = write_run(tmp_path / "x" / "tiny", samples=[sample(1, 1, 0, response="of x")])
+    two = write_run(tmp_path / "y" / "tiny", samples=[sample(1, 1, 0, response="of y")])
+    facts = facts_of(one, two)
+    assert facts["names"] == ["x/tiny", "y/tiny"]
+    assert [facts["groups"][name][0]["answers"][0]["response"] for name in facts["names"]] == ["of x", "of y"]
+
+
+def test_every_chart_as_a_picture(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "b$_^")]
+    out = ["--out", str(tmp_path / "page.html"), "--png", str(tmp_path / "pictures")]
+    assert report.main([*map(str, folders), *out]) == 0
+    made = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert {"solved.png", "reward.png", "entropy-nats.png"} <= made.keys()
+    assert len(made) == len(facts_of(*folders)["charts"])
+    assert all(png.startswith(b"\x89PNG") for png in made.values())
+
+
+def test_a_picture_has_every_line_and_the_bands_of_what_is_right():
+    figure = matplotlib.figure.Figure()
+    axis = figure.subplots()
+    line = {"run": 0, "metric": "eval_solved", "x": [0, 1], "y": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]}
+    plain = {"run": 0, "metric": "eval_reward", "x": [0, 1], "y": [0.5, 0.6]}
+    report.draw_chart(axis, {"title": "Solved", "lines": [line, plain]}, ["a"])
+    assert [list(drawn.get_ydata()) for drawn in axis.lines] == [[0.2, 0.4], [0.5, 0.6]]
+    (band,) = axis.collections
+    assert band.get_datalim(axis.transData).get_points().tolist() == [[0, 0.1], [1, 0.5]]
 
 
 def test_held_out_problems_stand_side_by_side(tmp_path):
@@ -92,7 +135,7 @@ def test_groups_are_whole_and_of_the_first_and_the_last_step(tmp_path):
 
 
 def test_groups_with_tokens_come_first(tmp_path):
-    samples = [sample(1, 1, 0, tokens=False), sample(1, 2, 0)]
+    samples = [sample(1, 1, 0, by_token=False), sample(1, 2, 0)]
     groups = facts_of(write_run(tmp_path / "a", samples=samples))["groups"]["a"]
     assert [g["problem"] for g in groups] == ["problem 2", "problem 1"]
 
@@ -129,7 +172,13 @@ def test_numbers_that_json_cannot_write_are_none():
 
 @pytest.mark.parametrize(
     ("make", "said"),
-    [(lambda f: None, "holds no metrics.jsonl"), (lambda f: (f.mkdir(), (f / "metrics.jsonl").touch()), "no step yet")],
+    [
+        (lambda f: None, "holds no metrics.jsonl"),
+        (lambda f: (f.mkdir(), (f / "metrics.jsonl").touch()), "no step yet"),
+        (lambda f: (write_run(f) / "samples.jsonl").write_text('{"step": 1}\n'), "of step 1 has no 'advantage'"),
+        (lambda f: (write_run(f) / "config.yaml").write_text("no_such: 1\n"), "no_such"),
+        (lambda f: (write_run(f) / "config.yaml").write_text("\0"), "not YAML"),
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, make, said):
     make(tmp_path / "a")
@@ -139,9 +188,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, make, said):
     assert error.count("\n") == 1
 
 
+def test_a_run_named_twice_is_refused(tmp_path, capsys):
+    folder = write_run(tmp_path / "a")
+    assert report.main([str(folder), f"{folder}/../a"]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 def test_a_ratio_needs_a_checkpoint(tmp_path, capsys):
     assert report.main([str(write_run(tmp_path / "a")), "--ratio"]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "no checkpoint in" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -176,21 +231,59 @@ def test_a_run_keeps_what_the_page_shows(real_run):
 
 
 @pytest.fixture(scope="module")
-def page(real_run):
+def browser():
     if BROWSER is None:
         pytest.skip("no Chromium on this machine")
     sync_api = pytest.importorskip("playwright.sync_api")
-    assert report.main([str(real_run), "--ratio"]) == 0
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.troubles, page.requests = [], []
-        page.on("pageerror", lambda error: page.troubles.append(str(error)))
-        page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.goto((real_run / "report.html").as_uri())
-        yield page
+        yield browser
         browser.close()
+
+
+def opened(browser, file):
+    """A page that remembers what it complained about and what it asked for."""
+    page = browser.new_page()
+    page.troubles, page.requests = [], []
+    page.on("pageerror", lambda error: page.troubles.append(str(error)))
+    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(file.as_uri())
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser, real_run):
+    assert report.main([str(real_run), "--ratio"]) == 0
+    return opened(browser, real_run / "report.html")
+
+
+def test_a_comparison_names_each_run_and_each_metric_once_and_runs_nothing_it_is_given(browser, tmp_path):
+    evil = [sample(1, 1, 0, problem=EVIL, response=EVIL, tokens=[EVIL, EVIL]), sample(1, 1, 1, response=EVIL)]
+    names = ["<b>x<img src=x onerror=alert(1)>", "b"]  # plotly knows <b>
+    folders = [write_run(tmp_path / name, samples=evil) for name in names]
+    assert report.main([*map(str, folders), "--out", str(tmp_path / "page.html")]) == 0
+    page = opened(browser, tmp_path / "page.html")
+    page.on("dialog", lambda dialog: page.troubles.append("a dialog"))
+    titles = page.locator("#charts > div .gtitle").all_text_contents()
+    legend = page.locator("#charts > div").nth(titles.index("Solved")).locator(".legendtext").all_text_contents()
+    assert legend == [*names, "solved", "eval_solved", "eval_greedy_solved"]
+    bands = page.evaluate("FACTS.charts.find((c) => c.title === 'Solved').lines.length * 3 - traces("
+                          "FACTS.charts.find((c) => c.title === 'Solved')).length")  # fmt: skip
+    assert bands == 2 * 2 - 3  # two training curves without a band, and three entries for the metrics
+    assert page.locator("img").count() == 0
+    assert "</script><img" in page.locator("#group-view").inner_text()
+    assert not page.troubles
+    assert len(page.requests) == 1
+    page.close()
+
+
+def test_smoothing_is_the_mean_of_the_last_ten(page):
+    assert page.evaluate("smoothed([1, 3, 5, 7], 2)") == [1, 2, 4, 6]
+    y = page.evaluate("byId('charts').children[0].data[0].y")
+    page.check("#smooth")
+    assert page.evaluate("byId('charts').children[0].data[0].y") == pytest.approx([y[0], (y[0] + y[1]) / 2])
+    page.uncheck("#smooth")
 
 
 def test_the_page_draws_its_curves_and_asks_nobody_for_anything(page, real_run):

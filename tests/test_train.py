@@ -149,6 +149,18 @@ def test_six_steps_equal_three_a_kill_a_resume_and_three(
     assert all(moved)  # else equality would be cheap
 
 
+def test_the_runs_settings_say_how_many_held_out_problems_there_were(tmp_path, monkeypatch, checkpoint_folder):
+    class OneHeldOut(EvenLetters):
+        def test_problem(self, index: int) -> Problem:
+            if index > 0:
+                raise IndexError
+            return super().test_problem(index)
+
+    monkeypatch.setattr(train, "task_from_config", lambda config: OneHeldOut(seed=config.seed))
+    assert run("--ckpt", checkpoint_folder, *SMALL, "--steps", 1, "--save-every", 0, "--run-dir", tmp_path / "run") == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["eval_problems"] == 1
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(checkpoint_folder, tmp_path, even_letters):
     """CHECKLIST 38, of the whole job."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
