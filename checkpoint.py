@@ -170,6 +170,9 @@ def find_checkpoint(where: str | Path, run_dir: str | Path | None = None) -> Pat
     folder = where / "checkpoints" if where.name != "checkpoints" else where
     latest = folder / "latest"
     if not latest.is_file():
+        whole = _checkpoints(folder)  # the first save was killed between its two renames: the first makes it whole
+        if whole:
+            return whole[-1]
         raise FileNotFoundError(f"no checkpoint in {where}: expected a checkpoint's folder, or a run's with {latest}")
     name = latest.read_text(encoding="utf-8").strip()
     for candidate in (folder / name, folder / (name + REPLACED)):  # the latter: killed between two renames

@@ -202,6 +202,14 @@ def test_rewind_makes_another_future(run):
     assert find_checkpoint("latest", run.folder).name == "step-000003"
 
 
+def test_a_first_save_that_was_killed_before_latest_was_written_is_found(run):
+    final = run(1)
+    (run.folder / "checkpoints" / "latest").unlink()
+    assert find_checkpoint("latest", run.folder) == find_checkpoint(run.folder) == final
+    rewind(run.folder, 1)
+    assert names(run.folder) == ["latest", "step-000001"]
+
+
 def test_a_resume_deletes_what_a_killed_save_did_not(run):
     """A process killed between the new checkpoint and the deletion of the old: at its end, a run saves no more."""
     for step in (1, 2, 3, 4):
