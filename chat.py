@@ -13,6 +13,8 @@ The conversation is rendered by the checkpoint's own chat template, whole, at ev
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -183,9 +185,15 @@ def main(argv: list[str]) -> int:
         print(f"chat.py: {error}", file=sys.stderr)
         return 2
     ask = sys.stdin.isatty()
-    if ask:
-        print(chat.greeting())
-    talk(chat, ask)
+    for file in (sys.stdin, sys.stdout):  # what the terminal's encoding does not know becomes a question mark
+        file.reconfigure(errors="replace")
+    try:
+        if ask:
+            print(chat.greeting())
+        talk(chat, ask)
+    except BrokenPipeError:  # whoever reads the answers has gone, as `head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
     return 0
 
 

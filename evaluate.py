@@ -10,6 +10,9 @@ Takes train.py's flags for the task and the sampling, and besides them
 
 pass@k is the chance that one of k answers is right, estimated from n >= k of them without bias as
 1 - C(n - c, k) / C(n, k) with c right ones (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+Intervals: of a share, Wilson's (1927) with problems as what is independent, not answers (`share_interval`); of a
+difference, the normal one of the paired differences (`difference_interval`).
 """
 
 from __future__ import annotations
@@ -66,13 +69,15 @@ def share_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of after - before, problem by problem, and its 95% interval (normal approximation).
+    """Mean of after - before, problem by problem, and its 95% interval (normal, of paired differences).
 
-    Narrower than two intervals side by side: the same hard problems are hard for both.
+    Narrower than two intervals side by side: the same hard problems are hard for both. But no narrower than if one
+    problem had gone from wrong to right: a few that all came out as before do not prove that nothing changed.
     """
     gains = [b - a for a, b in zip(before, after, strict=True)]
     n, mean = len(gains), sum(gains) / len(gains)
-    spread = Z95 * math.sqrt(sum((g - mean) ** 2 for g in gains) / max(n - 1, 1) / n)
+    squares = max(1.0, sum((g - mean) ** 2 for g in gains))
+    spread = Z95 * math.sqrt(squares / max(n - 1, 1) / n)
     return mean, mean - spread, mean + spread
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,25 @@ def test_standard_input_that_is_no_terminal():
     assert done.returncode == 0, done.stderr
     assert "<answer>" in done.stdout
     assert "> " not in done.stdout.splitlines()[0]
+
+
+def test_bytes_that_are_no_text_and_an_encoding_without_the_characters():
+    """ASCII both ways: bytes beyond it come in, a box and an accent go out."""
+    program = (
+        "import chat; chat.stream = lambda model, tokenizer, *rest: iter(tokenizer.encode('\\x1b é.')); chat.main([])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=b"\xff\xfe\n[1, 2] = 3\n", cwd=ROOT, timeout=120,
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"? ?.\n" * 2
+
+
+def test_a_reader_that_goes_ends_the_program_without_a_traceback():
+    with subprocess.Popen([sys.executable, "chat.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=ROOT) as program:  # fmt: skip
+        program.stdout.close()
+        _, error = program.communicate(b"[1, 2] = 3\n", timeout=120)
+    assert (program.returncode, error) == (0, b"")
 
 
 @pytest.mark.parametrize(
