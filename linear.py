@@ -10,12 +10,18 @@ Packing happens on entry and is forgotten on exit, so an update can never be mis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# On a CPU, tensors of megabytes come and go all through a step, and in pages of 4 KiB the kernel hands each of them out
+# a quarter of a million times a gigabyte. This asks for pages of 2 MiB (Linux, docs/performance.md); torch looks at it
+# when it makes its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _in_place = False
 

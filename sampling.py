@@ -64,14 +64,12 @@ def sample(logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | 
     refuse (a look at the numbers here would wait for the device).
     """
     logits = scale_logits(logits, params.temperature or 1.0, vocab_size)  # [N, V] fp32
-    highest = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - highest).exp_()  # unnormalised probabilities, at most 1
+    probabilities = logits.softmax(dim=-1)
     if params.temperature == 0:
         ids = logits.argmax(dim=-1)
     else:
-        ids = inverse_cdf(filter_weights(weights, params) if params.filtered else weights, u)
-    log_total = weights.sum(dim=-1).log() + highest[:, 0]
-    return ids, logits.gather(-1, ids[:, None])[:, 0] - log_total
+        ids = inverse_cdf(filter_weights(probabilities, params) if params.filtered else probabilities, u)
+    return ids, probabilities.gather(-1, ids[:, None])[:, 0].log()
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
@@ -107,13 +105,13 @@ def _search(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def filter_weights(weights: Tensor, params: SamplingParams) -> Tensor:
-    """Set to 0 what min-p, top-k and top-p hide. Weights [N, V] are relative to the largest, which is 1.
+    """Set to 0 what min-p, top-k and top-p hide, of probabilities [N, V] or anything in proportion to them.
 
     min-p (Nguyen et al. 2024) keeps what is at least min_p times as likely as the likeliest; top-k the k likeliest;
     top-p (Holtzman et al. 2020) the smallest set of the likeliest that holds at least top_p of what is left.
     """
     if params.min_p > 0:
-        weights = weights.masked_fill(weights < params.min_p, 0.0)
+        weights = weights.masked_fill(weights < params.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
     if 0 < params.top_k < weights.shape[-1]:
         kth = weights.topk(params.top_k, dim=-1).values[:, -1:]
         weights = weights.masked_fill(weights < kth, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -514,3 +515,13 @@ def test_a_config_of_a_billion_layers_is_refused_before_they_are_built():
         ValueError, match="num_hidden_layers is 1000000000, expected a positive whole number below 1000"
     ):
         Qwen2Config.from_dict(raw)
+
+
+def test_large_tensors_ask_for_huge_pages():
+    """Importing the model switches it on, before torch makes a large one; whoever set it keeps their choice."""
+    code = "import os, qwen2_llm; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    for theirs, expected in ((None, "1"), ("0", "0")):
+        environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        environment |= {} if theirs is None else {"THP_MEM_ALLOC_ENABLE": theirs}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
