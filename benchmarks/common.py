@@ -4,6 +4,7 @@ Importing it puts the repository's root on the path, in front of this folder (wh
 
     parser = arguments(__doc__)
     with checkpoint(parser.parse_args()) as folder: ...
+    found = take_turns({"ours": ours, "theirs": theirs}, 3, folder)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +163,54 @@ def gemm_tflops(config: Qwen2Config, device: str, dtype: torch.dtype, repeats: i
         best = min(seconds(lambda x=x, w=w, y=y: torch.mm(x, w.T, out=y), device) for _ in range(repeats))
         rates.append(2 * rows * D * F / best / 1e12)
     return max(rates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sides that take turns
+
+
+def take_turns(sides: dict[str, Callable[..., None]], turns: int, *args: object) -> dict[str, dict]:
+    """Run each side in a process of its own, a turn at a time: it has the machine, and a peak of memory, to itself.
+
+    A side is a function of a module, called as side(pipe, *args). It sends "ready" once it has loaded, then for every
+    turn receives a message and sends what it measured, and sends a last word when no turn is left.
+
+    Returns name -> {"turns": [what it measured], "last": its last word}. Raises SystemExit where a process ends early.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, {}
+    try:
+        for name, side in sides.items():
+            pipes[name], theirs = context.Pipe()
+            processes[name] = context.Process(target=_side, args=(side, theirs, args), daemon=True)
+            processes[name].start()
+            theirs.close()  # ours alone: its end is then seen when the process dies
+            _receive(pipes, name)
+        found = {name: {"turns": [], "last": None} for name in sides}
+        for _ in range(turns):
+            for name in sides:
+                pipes[name].send("go")
+                found[name]["turns"].append(_receive(pipes, name))
+        for name in sides:
+            found[name]["last"] = _receive(pipes, name)
+        return found
+    finally:
+        for process in processes.values():
+            process.join(timeout=5)
+            process.terminate()
+
+
+def _side(side: Callable[..., None], pipe: Connection, args: tuple[object, ...]) -> None:
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the result
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    side(pipe, *args)
+
+
+def _receive(pipes: dict[str, Connection], name: str):
+    try:
+        return pipes[name].recv()
+    except EOFError:
+        raise SystemExit(f"the process of {name!r} ended early; its error stands above") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -187,42 +184,10 @@ SIDES = {"ours": ours, "trl": trl, "generate": generate}
 
 
 def in_lock_step(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
-    """Run the sides in processes of their own, a step at a time: name -> {"steps": [Timing], "peak_gib": x}."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, {}
-    try:
-        for name in args.sides:
-            pipes[name], theirs = context.Pipe()
-            processes[name] = context.Process(target=_side, args=(name, theirs, args, folder), daemon=True)
-            processes[name].start()
-            theirs.close()  # ours alone: its end is then seen when the process dies
-            _receive(pipes, name)
-        found = {name: {"steps": [], "peak_gib": 0.0} for name in args.sides}
-        for _ in range(args.warmup + args.repeats):
-            for name in args.sides:
-                pipes[name].send("go")
-                found[name]["steps"].append(_receive(pipes, name))
-        for name in args.sides:
-            found[name]["peak_gib"] = _receive(pipes, name)
-            found[name]["steps"] = found[name]["steps"][args.warmup :]
-        return found
-    finally:
-        for process in processes.values():
-            process.join(timeout=5)
-            process.terminate()
-
-
-def _side(name: str, pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the result
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    SIDES[name](pipe, args, folder)
-
-
-def _receive(pipes: dict[str, Connection], name: str):
-    try:
-        return pipes[name].recv()
-    except EOFError:
-        raise SystemExit(f"the process of {name!r} ended early; its error stands above") from None
+    """The sides' counted steps, taking turns: name -> {"steps": [Timing], "peak_gib": x}."""
+    sides = {name: SIDES[name] for name in args.sides}
+    found = common.take_turns(sides, args.warmup + args.repeats, args, folder)
+    return {name: {"steps": f["turns"][args.warmup :], "peak_gib": f["last"]} for name, f in found.items()}
 
 
 def summarise(found: dict[str, dict], args: argparse.Namespace) -> dict[str, dict]:
