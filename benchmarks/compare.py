@@ -4,8 +4,8 @@
     python benchmarks/compare.py group-size --seeds 0 --jobs 2 # two runs at a time, a thread each
     python benchmarks/compare.py losses --report               # table and figure of the runs that are there
 
-A run is `python train.py` with the flags printed before it, in runs/compare/SWEEP/VARIANT-SEED; one that has its last
-line already is not run again. Writes docs/results/SWEEP.png and docs/results/SWEEP.jsonl (every evaluation, and a few
+A run is `python train.py` with the flags printed before it, in a folder under runs/compare that is named by them and
+the seed; one that has its last line already is not run again, and sweeps share those they have in common. Writes docs/results/SWEEP.png and docs/results/SWEEP.jsonl (every evaluation, and a few
 metrics of every step), and prints the table: means over the seeds, and the range. Last line: JSON with the hardware.
 """
 
@@ -42,16 +42,16 @@ SWEEPS: dict[str, dict[str, str]] = {
     "group-size": {
         "128 groups of 2": f"{ONCE} --prompts-per-step 128 --group-size 2",
         "64 groups of 4": f"{ONCE} --prompts-per-step 64 --group-size 4",
-        "32 groups of 8": f"{ONCE} --prompts-per-step 32 --group-size 8",
+        "32 groups of 8": ONCE,
         "16 groups of 16": f"{ONCE} --prompts-per-step 16 --group-size 16",
     },
     "learning-rate": {
         "lr 6.7e-5": f"{ONCE} --lr 6.7e-5",
-        "lr 2e-4": f"{ONCE} --lr 2e-4",
+        "lr 2e-4": ONCE,
         "lr 6e-4": f"{ONCE} --lr 6e-4",
     },
     "scaling": {
-        "advantage / group's deviation": f"{ONCE} --advantage-scale group",
+        "advantage / group's deviation": ONCE,
         "advantage / batch's deviation": f"{ONCE} --advantage-scale batch",
         "advantage as it is": f"{ONCE} --advantage-scale none",
     },
@@ -73,8 +73,8 @@ TABLE = {"eval_solved": "solved, sampled", "eval_greedy_solved": "solved, greedy
          "eval_false_sums": "false sums", "eval_mean_length": "tokens an answer"}  # fmt: skip
 
 
-def run(sweep: str, variant: str, flags: str, seed: int, threads: int) -> None:
-    folder = run_folder(sweep, variant, seed)
+def run(variant: str, flags: str, seed: int, threads: int) -> None:
+    folder = run_folder(flags, seed)
     if finished(folder):
         return
     command = [sys.executable, "train.py", *flags.split(), "--seed", str(seed), "--run-dir", str(folder)]
@@ -87,8 +87,8 @@ def run(sweep: str, variant: str, flags: str, seed: int, threads: int) -> None:
         raise SystemExit(f"{variant}, seed {seed}, ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def run_folder(sweep: str, variant: str, seed: int) -> Path:
-    return RUNS / sweep / f"{''.join(c if c.isalnum() else '-' for c in variant)}-{seed}"
+def run_folder(flags: str, seed: int) -> Path:
+    return RUNS / f"{flags.replace('--', '').replace(' ', '-')}-seed-{seed}"
 
 
 def finished(folder: Path) -> bool:
@@ -104,10 +104,10 @@ def read(folder: Path) -> list[dict]:
 def collect(sweep: str, seeds: list[int]) -> dict[str, dict[int, list[dict]]]:
     """variant -> seed -> the lines of the run, shortened to what the report shows."""
     found: dict[str, dict[int, list[dict]]] = {}
-    for variant in SWEEPS[sweep]:
+    for variant, flags in SWEEPS[sweep].items():
         for seed in seeds:
-            records = read(run_folder(sweep, variant, seed))
-            if records and finished(run_folder(sweep, variant, seed)):
+            records = read(run_folder(flags, seed))
+            if records and finished(run_folder(flags, seed)):
                 keep = [{k: short(v) for k, v in r.items() if k in ("step", *KEPT) or k in TABLE} for r in records]
                 found.setdefault(variant, {})[seed] = keep
     return found
@@ -189,7 +189,7 @@ def main() -> None:
     if not asked.report:
         with ThreadPoolExecutor(asked.jobs) as pool:
             jobs = [
-                pool.submit(run, asked.sweep, variant, flags, seed, asked.threads)
+                pool.submit(run, variant, flags, seed, asked.threads)
                 for seed in asked.seeds
                 for variant, flags in SWEEPS[asked.sweep].items()
             ]
@@ -197,7 +197,7 @@ def main() -> None:
                 job.result()
     runs = collect(asked.sweep, asked.seeds)
     if not runs:
-        sys.exit(f"no finished run of {asked.sweep} in {RUNS / asked.sweep}; leave --report out to make them")
+        sys.exit(f"no finished run of {asked.sweep} in {RUNS}; leave --report out to make them")
     asked.out.mkdir(parents=True, exist_ok=True)
     flags = {variant: f"python train.py {SWEEPS[asked.sweep][variant]}" for variant in runs}
     lines = [json.dumps({"variant": v, "seed": s, "records": r}) for v, seeds in runs.items() for s, r in seeds.items()]

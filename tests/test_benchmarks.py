@@ -95,9 +95,9 @@ def sweep(tmp_path, monkeypatch):
     compare = load("compare")
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(compare, "SWEEPS", {"x": {"one way": "--lr 1", "another": "--lr 2"}})
-    write_metrics(compare.run_folder("x", "one way", 0), [0.1, 0.3, 0.5])
-    write_metrics(compare.run_folder("x", "one way", 1), [0.1, 0.4, 0.7])
-    write_metrics(compare.run_folder("x", "another", 0), [0.1, 0.2, 0.2])
+    write_metrics(compare.run_folder("--lr 1", 0), [0.1, 0.3, 0.5])
+    write_metrics(compare.run_folder("--lr 1", 1), [0.1, 0.4, 0.7])
+    write_metrics(compare.run_folder("--lr 2", 0), [0.1, 0.2, 0.2])
     return compare
 
 
@@ -133,7 +133,7 @@ def test_a_sweep_runs_what_is_missing_and_nothing_else(sweep, tmp_path, monkeypa
     monkeypatch.setattr(sweep.subprocess, "run", train)
     for variant, flags in sweep.SWEEPS["x"].items():
         for seed in (0, 1):
-            sweep.run("x", variant, flags, seed, threads=1)
+            sweep.run(variant, flags, seed, threads=1)
     assert [(c[2:4], c[c.index("--seed") + 1]) for c in asked] == [(["--lr", "2"], "1")]
 
 
