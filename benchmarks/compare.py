@@ -5,8 +5,9 @@
     python benchmarks/compare.py losses --report               # table and figure of the runs that are there
 
 A run is `python train.py` with the flags printed before it, in a folder under runs/compare that is named by them and
-the seed; one that has its last line already is not run again, and sweeps share those they have in common. Writes docs/results/SWEEP.png and docs/results/SWEEP.jsonl (every evaluation, and a few
-metrics of every step), and prints the table: means over the seeds, and the range. Last line: JSON with the hardware.
+the seed; one that has its last line already is not run again, and sweeps share those they have in common. Writes
+docs/results/SWEEP.png and docs/results/SWEEP.jsonl (every evaluation, and a few metrics of every step), and prints the
+table: means over the seeds, and the range. Last line: JSON with the hardware.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Each side is a process of its own, so that its peak memory is its own; one works
 transformers' by itself. Nothing ends an answer early (no side has stop ids), the rewards alternate between 0 and 1, so
 that every token has a gradient, and there is no KL term. Both hold bf16 weights and compute in them (TRL's autocast
 is off, for it would only add casts), without gradient checkpointing. TRL steps with torch's fused AdamW on bf16
-weights; ours keeps fp32 masters and moments besides. A rollout ends when its rewards are known; the update is the rest.
+weights; ours keeps fp32 masters and moments besides, and asks for large memory pages (linear.py), which the others get
+with --large-pages. A rollout ends when its rewards are known; the update is the rest.
 Tokens a second count response tokens. Medians over `--repeats` steps, after `--warmup` that are not counted.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -88,6 +90,7 @@ def ours(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
 
 
 def trl(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
+    _set_pages(args)
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -139,6 +142,7 @@ def trl(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
 
 
 def generate(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
+    _set_pages(args)
     from transformers import AutoTokenizer
 
     model = _transformers_model(args, folder).eval()
@@ -158,6 +162,11 @@ def generate(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
         tokens = ids[:, inputs["input_ids"].shape[1] :].numel()
         pipe.send(_timing(elapsed, 0.0, tokens, int(inputs["attention_mask"].sum()) // args.group_size))
     pipe.send(common.peak_gib(args.device))
+
+
+def _set_pages(args: argparse.Namespace) -> None:
+    """Undo or keep what the import of our modules asked of torch, before it makes its first tensor."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(args.large_pages))
 
 
 def _transformers_model(args: argparse.Namespace, folder: Path):
@@ -238,6 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="ours (default: %(default)s)")
     parser.add_argument("--trl-batch", type=int, default=8, help="answers in TRL's micro-batch (default: %(default)s)")
+    parser.add_argument(
+        "--large-pages", action="store_true", help="the other sides, too, run with THP_MEM_ALLOC_ENABLE=1"
+    )
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     args = parser.parse_args(argv)
     if args.prompts * args.group_size % args.trl_batch or args.group_size % 2:
