@@ -10,7 +10,10 @@ Packing happens on entry and is forgotten on exit, so an update can never be mis
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +26,10 @@ from torch import Tensor, nn
 # when it makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+RETURN_EVERY = 4  # rollouts; not each, because the update that follows has to ask for its memory again
+
 _in_place = False
+_packings = itertools.count(1)
 
 
 @contextmanager
@@ -115,18 +121,22 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
     Only for bf16 weights on a CPU whose oneDNN has bf16 products; elsewhere nothing happens.
     """
+    if not can_pack(model.head_weight):
+        yield
+        return
     head = model.head_weight  # an untied one is a Linear too, and is packed once
     linears = [m for m in model.modules() if isinstance(m, Linear) and m.weight is not head and can_pack(m.weight)]
     try:
         for module in linears:
             module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, rows)
-        if can_pack(head):
-            model.packed_head = torch.ops.mkldnn._reorder_linear_weight(head, rows)
+        model.packed_head = torch.ops.mkldnn._reorder_linear_weight(head, rows)
         yield
     finally:
         for module in linears:
             module.packed = None
         model.packed_head = None
+        if next(_packings) % RETURN_EVERY == 0:
+            return_free_memory()
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -136,3 +146,13 @@ def can_pack(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system.
+
+    glibc keeps it for the next request, and rollout and update ask for pieces of different sizes: the holes that one
+    leaves do not fit the other, and the process grows step by step (docs/performance.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

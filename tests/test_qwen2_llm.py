@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from conftest import make_config, make_model, randomize
 from safetensors.torch import load_file, save_file
 
+import linear
 from attention import EagerAttention, Layout, PackedAttention
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM, RMSNorm, RotaryEmbedding, apply_rope
 
@@ -525,3 +527,37 @@ def test_large_tensors_ask_for_huge_pages():
         environment |= {} if theirs is None else {"THP_MEM_ALLOC_ENABLE": theirs}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_that_was_freed_between_pieces_in_use_goes_back_to_the_system():
+    """What glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
+    code = """
+import linear
+import torch
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+pieces = [torch.ones(16384) for _ in range(4096)]
+del pieces[::2]
+before = resident()
+linear.return_free_memory()
+print(before - resident(), sum(piece.sum().item() for piece in pieces))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    returned, still_there = map(float, done.stdout.split())
+    assert returned > 100
+    assert still_there == 2048 * 16384
+
+
+def test_rollouts_return_free_memory_now_and_then(monkeypatch):
+    """Every RETURN_EVERY-th packing of weights, and none where there is nothing to pack."""
+    returned = []
+    monkeypatch.setattr(linear, "return_free_memory", lambda: returned.append(1))
+    monkeypatch.setattr(linear, "can_pack", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, rows: weight.detach())
+    for dtype, times in ((torch.float32, 0), (torch.bfloat16, 2)):
+        model = make_model().to(dtype)
+        for _ in range(2 * linear.RETURN_EVERY):
+            with linear.packed_weights(model, 4):
+                pass
+        assert len(returned) == times
