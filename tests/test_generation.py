@@ -231,6 +231,18 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 # --- randomness
 
 
+def test_many_rows_are_drawn_as_each_of_them_alone():
+    """On a CPU they are taken in pieces (ROWS_AT_A_TIME)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(70, 50, generator=generator)
+    u = torch.rand(70, generator=generator, dtype=torch.float64)
+    for params in (SamplingParams(), SamplingParams(temperature=0.7, top_p=0.8), SamplingParams(temperature=0.0)):
+        ids, logprobs = sample(logits, u, params, vocab_size=45)
+        alone = [sample(logits[i : i + 1], u[i : i + 1], params, vocab_size=45) for i in range(70)]
+        assert torch.equal(ids, torch.cat([a for a, _ in alone]))
+        torch.testing.assert_close(logprobs, torch.cat([b for _, b in alone]))
+
+
 def test_samples_of_a_prompt_differ_and_so_do_copies_of_a_prompt(tokenizer):
     """CHECKLIST 36, CHECKLIST 13. Four samples of one prompt given three times: twelve different answers."""
     sampled = response_ids(answers(make_model(), [PROMPTS[0]] * 3, tokenizer, n=4))
