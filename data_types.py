@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "not_finite"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Completion:
     response_ids: list[int]
     logprobs: list[float]  # the sampler's log-probability of each response id, before top-k, top-p and min-p
     text: str
-    finish_reason: FinishReason  # "stop": a stop id or stop string; "length": cut at max_new_tokens
+    finish_reason: FinishReason  # "stop": a stop id or stop string; "length": cut at max_new_tokens; "not_finite":
+    # cut where the logits were not finite, its last id drawn from them and of log-probability NaN
 
 
 @dataclass

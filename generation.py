@@ -49,6 +49,7 @@ def generate(
     pack_weights: bool = True,
     graphs: bool | None = None,
     only: range | None = None,
+    must_be_finite: bool = True,
 ) -> list[Completion]:
     """Sample `params.n` answers to each prompt; those of prompt i stand at [i * n, (i + 1) * n).
 
@@ -61,9 +62,10 @@ def generate(
         pack_weights: lay bf16 weights out for the CPU's matrix unit first; False multiplies by them as they are.
         graphs: record decode steps as CUDA graphs; None does so on a GPU, False runs every step.
         only: answer these prompts alone, as they would be answered among all the others; None: all.
+        must_be_finite: False ends an answer whose logits are not finite there, with the finish reason "not_finite".
 
     Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens in the model's context, and
-    where the model's logits are not finite.
+    where the model's logits are not finite (and must be).
     """
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     check_room(ids, params.max_new_tokens, model.config.max_position_embeddings)
@@ -85,7 +87,7 @@ def generate(
     rows = min(max_rows, rows_that_fit(model, max(map(len, ids)) + params.max_new_tokens))
     answers = halve_when_out_of_memory(all_answers, rows)
     model.train(was_training)
-    return _completions(ids, answers, params, tokenizer, only)
+    return _completions(ids, answers, params, tokenizer, only, must_be_finite)
 
 
 def rows_that_fit(model: Qwen2ForCausalLM, tokens: int) -> int:
@@ -144,21 +146,25 @@ def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int, onl
 
 
 def _completions(
-    ids: list[list[int]], answers: Answers, params: SamplingParams, tokenizer: Tokenizer, only: range
-) -> list[Completion]:
+    ids: list[list[int]], answers: Answers, params: SamplingParams, tokenizer: Tokenizer, only: range,
+    must_be_finite: bool,
+) -> list[Completion]:  # fmt: skip
     completions = []
     for row, (length, stopped) in enumerate(zip(answers.lengths.tolist(), answers.stopped.tolist())):
         response, logprobs = answers.sampled[row, :length].tolist(), answers.logprobs[row, :length]
         prompt = row // params.n
-        if logprobs.isnan().any():
-            first = int(logprobs.isnan().int().argmax())
+        broken = bool(logprobs.isnan().any())
+        first = int(logprobs.isnan().int().argmax())
+        if broken and must_be_finite:
             raise ValueError(
                 f"the model's logits are not finite at token {first} of an answer to prompt {only[prompt]}: its "
                 "weights hold NaN or infinity, or overflow; go back to an earlier checkpoint"
             )
+        if broken:
+            response, logprobs = response[: first + 1], logprobs[: first + 1]
         at_stop_id = response[-1] in tokenizer.eos_token_ids
         text = tokenizer.decode(response[:-1] if at_stop_id else response)
-        finish = "stop" if stopped else "length"
+        finish = "not_finite" if broken else "stop" if stopped else "length"
         completions.append(Completion(only[prompt], ids[prompt], response, logprobs.tolist(), text, finish))
     return completions
 

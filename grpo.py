@@ -38,9 +38,9 @@ from torch import Tensor
 import distributed
 import losses
 from config import Config, load_config, preset_for
-from data_types import Episode, MiniBatch
+from data_types import Episode, MiniBatch, Reward
 from generation import SamplingParams, generate, halve_when_out_of_memory
-from guards import Guard, name_culprit
+from guards import Guard, name_culprit, not_finite_answer
 from linear import gradients_in_place
 from lora import adapters_off, add_lora, has_lora, trainable
 from math_task import QuestionTask, Task, task_from_config
@@ -72,21 +72,28 @@ def rollout(
     *,
     seed: int = 0,
     first_group_id: int = 0,
+    must_be_finite: bool = True,
 ) -> list[Episode]:
     """Sample `sampling.n` answers to every prompt and score them; the answers to a prompt share a group id.
 
     The same (weights, batch, sampling, seed) gives the same episodes, with any number of ranks: each samples and
     scores its share of the prompts, and all of them get all episodes. Sampling at temperature 0 is for evaluation: its
     episodes are scored at temperature 1.
+
+    must_be_finite: True raises ValueError where the model's logits are not finite. False ends such an answer there,
+        with the finish reason "not_finite" and no reward; `update_policy` refuses a step that holds one.
     """
     if sampling.filtered:
         logger.warning("top-k, top-p or min-p is on: tokens are drawn from another distribution than is trained, "
                        "which biases the ratio")  # fmt: skip
     episodes, mine = [], distributed.share(len(batch))
     plain = whole(model)
-    for completion in generate(plain, batch.prompt_ids, sampling, tokenizer=tokenizer, seed=seed, only=mine):
+    for completion in generate(
+        plain, batch.prompt_ids, sampling, tokenizer=tokenizer, seed=seed, only=mine, must_be_finite=must_be_finite
+    ):
         problem = batch.problems[completion.prompt_index]
-        reward = task.reward(problem, completion.text)
+        broken = completion.finish_reason == "not_finite"
+        reward = Reward(math.nan, {}) if broken else task.reward(problem, completion.text)
         episodes.append(
             Episode(
                 group_id=first_group_id + completion.prompt_index,
@@ -193,8 +200,9 @@ def update_policy(
 
     With several ranks all of them give the same episodes; each computes its groups' part of the gradient.
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
-    A non-finite loss or gradient refuses the step: weights stay as they were, `update/skipped` and `update/not_finite`
-    are 1 and a warning names tensor and episode. A step in which nothing is left to learn from is skipped, too.
+    A non-finite loss, gradient or log-probability of the sampler refuses the step: weights stay as they were,
+    `update/skipped` and `update/not_finite` are 1 and a warning names tensor and episode. A step in which nothing is
+    left to learn from is skipped, too.
     """
     o = Objective(**objective)
     if o.in_loss and o.compares_with_reference and reference is None:
@@ -219,11 +227,12 @@ def update_policy(
     if step.trains:
         reduce_gradients(optimizer)
     metrics["grad_norm"] = grad_norm = _clip_gradients(optimizer, max_grad_norm)
-    metrics["update/not_finite"] = float(not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm))
+    finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm) and not_finite_answer(episodes) is None
+    metrics["update/not_finite"] = float(not finite)
     metrics["update/skipped"] = float(not step.trains or metrics["update/not_finite"])
     if metrics["update/skipped"]:
         cause = "no episode has a gradient"
-        if step.trains:
+        if not finite:
             culprit = _culprit(
                 model, episodes, step, lambda micro: micro_loss(o, model, reference, micro, None, StepTotals())
             )
@@ -394,7 +403,7 @@ class GRPO:
         episodes = rollout(
             self.model, self.tokenizer, self.task, batch, self.sampling,
             seed=c.seed * 1_000_003 + self.step_count + (number << 48),
-            first_group_id=(self.step_count * (1 + c.refill_rounds) + number) * P,
+            first_group_id=(self.step_count * (1 + c.refill_rounds) + number) * P, must_be_finite=False,
         )  # fmt: skip
         if c.overlong_buffer:
             episodes = penalise_length(episodes, c.max_new_tokens, c.overlong_buffer)
@@ -439,10 +448,16 @@ class GRPO:
 
     def state_dict(self) -> dict[str, float]:
         """What steps hand on to steps besides weights and optimizer state, for the checkpoint."""
-        return {"entropy_coef": self.entropy_coef, "applied_entropy_coef": self.applied_entropy_coef}
+        refusals = 0 if self.guard.gave_up else self.guard.refusals  # who goes on after the end wants another try
+        return {
+            "entropy_coef": self.entropy_coef,
+            "applied_entropy_coef": self.applied_entropy_coef,
+            "refusals": refusals,
+        }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
+        self.guard.refusals = state.get("refusals", 0)  # checkpoints of before it was kept have none
 
     def train_step(self, question: str, answer: str) -> float:
         """One step on a single question, whose answer is a number or a text. Returns the loss."""

@@ -50,11 +50,19 @@ def name_culprit(
     gradients = _not_finite((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     if weights:
         return f"{_list('weight', weights)} is not finite: it was so before this step, load an earlier checkpoint"
+    if (number := not_finite_answer(episodes)) is not None:
+        token, episode = len(episodes[number].response_ids) - 1, describe(episodes[number], number)
+        return f"the sampler's log-probability is not finite at token {token}; the first such episode is {episode}"
     for micro in step.micro_batches(1):
         if cause := _cause(model, micro, loss_of):
             return f"{cause}; the first such episode is {describe(episodes[micro.numbers[0]], micro.numbers[0])}"
     where = _list("gradient", gradients) + " is not finite" if gradients else "the loss is not finite"
     return f"{where}, though no episode alone makes it so: what overflowed is their sum"
+
+
+def not_finite_answer(episodes: Sequence[Episode]) -> int | None:
+    """The number of the first episode that the sampler had to cut because its logits were not finite."""
+    return next((i for i, e in enumerate(episodes) if e.finish_reason == "not_finite"), None)
 
 
 def _cause(model: torch.nn.Module, micro: MicroBatch, loss_of: Callable[[MicroBatch], Tensor]) -> str | None:

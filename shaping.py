@@ -23,12 +23,14 @@ from step_metrics import has_signal
 
 
 def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
-    """Episodes of groups whose rewards differ, and the others, which say nothing (DAPO's dynamic sampling, 3.2)."""
+    """Episodes of groups whose rewards differ, and the others, which say nothing (DAPO's dynamic sampling, 3.2). A
+    group with an answer whose logits were not finite stays, so that the update is refused."""
     groups = defaultdict(list)
     for episode in episodes:
         groups[episode.group_id].append(episode.reward)
-    kept = [e for e in episodes if has_signal(groups[e.group_id])]
-    return kept, [e for e in episodes if not has_signal(groups[e.group_id])]
+    broken = {e.group_id for e in episodes if e.finish_reason == "not_finite"}
+    tells = {group for group, rewards in groups.items() if has_signal(rewards)} | broken
+    return [e for e in episodes if e.group_id in tells], [e for e in episodes if e.group_id not in tells]
 
 
 def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: int) -> list[Episode]:

@@ -34,7 +34,7 @@ from data_types import Episode, MiniBatch, Problem
 from flags import one_line
 from generation import SamplingParams
 from grpo import GRPO, Metrics, load_policy, reward_metrics, rollout
-from guards import NUMBERS_ENDED_IT, Guard
+from guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
 from lora import has_lora, load_adapters, save_adapters, trainable
 from math_task import task_from_config
 from pretrained import locate_pretrained
@@ -44,6 +44,8 @@ from sharding import is_sharded, whole, whole_optimizer
 
 logger = logging.getLogger("train")
 SHOWN = 8  # held-out answers of each evaluation that are kept for people
+SHOWN_MEANS = ("reward", "solved", "false_sums", "completions/mean_length", "completions/clipped_ratio",
+               "frac_reward_missing")  # fmt: skip
 NOT_SAVED = 4  # exit code
 
 
@@ -173,11 +175,17 @@ def evaluate(trainer: GRPO, problems: list[Problem], show: Callable[[list[Episod
     if config.eval_samples:
         ways["eval_"] = SamplingParams(config.eval_samples, config.max_new_tokens, config.temperature)
     for prefix, sampling in reversed(ways.items()):
-        episodes = rollout(trainer.model, trainer.tokenizer, trainer.task, batch, sampling, seed=config.seed)
+        episodes = rollout(
+            trainer.model, trainer.tokenizer, trainer.task, batch, sampling, seed=config.seed, must_be_finite=False
+        )
+        if (number := not_finite_answer(episodes)) is not None:
+            problem, token = episodes[number].problem.id, len(episodes[number].response_ids) - 1
+            logger.warning("evaluation: not finite logits cut answers, which get no reward; the first is to problem "
+                           "%s, at token %d", problem, token)  # fmt: skip
         if show and sampling.temperature == 0:
             show(episodes[:SHOWN])
         means = reward_metrics(episodes, trainer.task)
-        for name in ("reward", "solved", "false_sums", "completions/mean_length", "completions/clipped_ratio"):
+        for name in SHOWN_MEANS:
             if name in means:
                 metrics[prefix + name.removeprefix("completions/")] = means[name]
         for part in dict.fromkeys(part for e in episodes for part in e.reward_parts):

@@ -477,3 +477,27 @@ def test_bf16_answers_are_scored_near_rounding(pack_weights, tokenizer):
         differences.append((torch.tensor(completion.logprobs).double() - expected).abs())
     assert torch.cat(differences).mean() < 0.02
     assert torch.cat(differences).max() < 0.2
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_an_answer_ends_where_logits_are_not_finite_or_the_call_is_refused(tiny_model, tmp_path, share_prompt):
+    """CHECKLIST 44: one token of the vocabulary has an embedding that overflows; who draws it cannot go on."""
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, eos_token_ids=[256]))
+    prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(n=4, max_new_tokens=12)
+    whole = generate(tiny_model, prompts, params, tokenizer=tokenizer, share_prompt=share_prompt)
+    drawn = whole[2].response_ids[4]
+    tiny_model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: output.masked_fill((inputs[0] == drawn)[:, None], torch.inf)
+    )
+    with pytest.raises(ValueError, match=r"not finite at token \d+ of an answer to prompt \d"):
+        generate(tiny_model, prompts, params, tokenizer=tokenizer, share_prompt=share_prompt)
+    found = generate(tiny_model, prompts, params, tokenizer=tokenizer, share_prompt=share_prompt, must_be_finite=False)
+    for a, b in zip(whole, found):
+        cut = a.response_ids.index(drawn) + 1 if drawn in a.response_ids[:-1] else len(a.response_ids)
+        broken = cut < len(a.response_ids)
+        assert b.response_ids[:cut] == a.response_ids[:cut]
+        assert b.logprobs[:cut] == a.logprobs[:cut]
+        assert len(b.response_ids) == len(b.logprobs) == cut + broken
+        assert b.finish_reason == ("not_finite" if broken else a.finish_reason)
+        assert math.isnan(b.logprobs[-1]) == broken
+    assert found[2].finish_reason == "not_finite"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import logging
 import math
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from test_train import SMALL, EvenLetters, metrics_of, run
 
+import decoding
+import evaluate
 import grpo
 import train
 from checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
@@ -18,6 +22,7 @@ from grpo import GRPO, update_policy
 from guards import PATIENCE, SILENCE, Guard, collapse_signs
 from optimizer import MemoryEfficientAdamW
 from qwen2_llm import Qwen2ForCausalLM
+from shaping import drop_zero_variance
 
 
 @pytest.fixture
@@ -159,6 +164,103 @@ def test_too_many_refusals_in_a_row_end_the_run_with_the_diagnosis(
     monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
     assert run("--resume", tmp_path / "run") == 0
     assert load_checkpoint(find_checkpoint("latest", tmp_path / "run"))["step"] == 9
+
+
+def overflow(monkeypatch, steps) -> None:
+    """In the rollouts of these steps the logits of the second row are not finite at its third token."""
+    real_step, real_sample, calls = GRPO.step, decoding.sample, []
+
+    def step(trainer, *args):
+        calls.clear()
+        if trainer.step_count + 1 in steps:
+            calls.append(0)
+        return real_step(trainer, *args)
+
+    def sample(logits, *args):
+        if calls:
+            calls.append(1)
+            if len(calls) == 4:
+                logits = logits.index_fill(0, torch.tensor([1]), math.inf)
+        return real_sample(logits, *args)
+
+    monkeypatch.setattr(GRPO, "step", step)
+    monkeypatch.setattr(decoding, "sample", sample)
+
+
+@pytest.mark.parametrize("settings", [[], ["--drop-zero-variance", "--updates-per-rollout", 2, "--beta", 0.1]])
+def test_a_step_is_refused_where_its_rollout_met_logits_that_are_not_finite(
+    checkpoint_folder, tmp_path, even_letters, monkeypatch, caplog, settings
+):
+    """CHECKLIST 44: the run goes on, the weights of before stay, problem and token are named, the answer is kept."""
+    overflow(monkeypatch, steps={2, 3, 5})
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 5, "--max-refusals", 3]
+    assert run(*words, "--save-every", 1, "--keep-checkpoints", 9, *SMALL, *settings) == 0
+    rows = metrics_of(tmp_path / "run")[1:]
+    assert [row["update/not_finite"] for row in rows] == [row["update/skipped"] for row in rows] == [0, 1, 1, 0, 1]
+    assert rows[1]["frac_reward_missing"] == 1 / 8
+    assert "the sampler's log-probability is not finite at token 2; the first such episode is number 1" in caplog.text
+    assert "problem train 2: 3 tokens, finish reason not_finite, advantage 0" in caplog.text
+    weights = [
+        Qwen2ForCausalLM.from_pretrained(tmp_path / f"run/checkpoints/step-00000{i}").state_dict() for i in range(1, 6)
+    ]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    assert same == [True, True, False, True]
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples if s["finish_reason"] == "not_finite" and s["reward"] is None] == [2, 3, 5]
+
+
+def test_a_group_is_not_dropped_before_its_broken_answer_was_told():
+    """CHECKLIST 44: the others of the group say nothing, the broken answer does."""
+    batch = [dataclasses.replace(e, reward=1.0, finish_reason="stop") for e in episodes()]
+    batch[1] = dataclasses.replace(batch[1], reward=math.nan, finish_reason="not_finite")
+    assert drop_zero_variance(batch) == (batch[:2], batch[2:])
+
+
+def test_a_resumed_run_counts_on_and_one_that_was_ended_begins_to_count_anew(
+    checkpoint_folder, tmp_path, even_letters, monkeypatch
+):
+    """CHECKLIST 42, 44: killed or not, the run ends after the same step."""
+    overflow(monkeypatch, steps=range(2, 99))
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--max-refusals", 4, *SMALL]
+    assert run(*words, "--steps", 3) == 0
+    for last in (5, 9):
+        assert run("--resume", tmp_path / "run", "--steps", 20) == 3
+        assert metrics_of(tmp_path / "run")[-1]["step"] == last
+
+
+def test_weights_that_are_not_finite_end_the_run_though_no_answer_can_be_sampled(
+    checkpoint_folder, tmp_path, even_letters, monkeypatch, capsys, caplog
+):
+    """CHECKLIST 44: broken after step 1; evaluations go on without their answers, and the diagnosis is the weight."""
+    real = GRPO.step
+
+    def step(trainer, *args):
+        if trainer.step_count == 1:
+            trainer.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+        return real(trainer, *args)
+
+    monkeypatch.setattr(GRPO, "step", step)
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 9, "--max-refusals", 2]
+    assert run(*words, "--eval-every", 1, "--save-every", 1, *SMALL) == 3
+    assert "the weight of model.layers.0.mlp.up_proj.weight is not finite" in capsys.readouterr().err
+    assert "the first is to problem test 0, at token 0" in caplog.text
+    rows = metrics_of(tmp_path / "run")
+    assert [row.get("eval_frac_reward_missing", 0) for row in rows] == [0, 0, 1, 1]
+    assert rows[-1]["eval_reward"] is None
+    assert rows[-1]["update/not_finite"] == 1
+
+
+def test_the_other_doors_end_in_one_line(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    """CHECKLIST 46: finite weights whose logits overflow; an evaluation of such a model would mean nothing."""
+    model = Qwen2ForCausalLM.from_pretrained(checkpoint_folder)
+    model.model.norm.weight.data *= 1e30
+    model.model.embed_tokens.weight.data *= 1e10
+    model.save_pretrained(checkpoint_folder)
+    words = ["--ckpt", str(checkpoint_folder), *SMALL, "--samples", "2"]
+    monkeypatch.setattr(evaluate, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+    assert evaluate.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evaluate.py: the model's logits are not finite at token 0 of an answer to prompt 0")
 
 
 # --- collapse
