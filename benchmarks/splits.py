@@ -1,8 +1,7 @@
 """How far the gradient of a step moves when the step is cut into other micro-batches; and that the same cut gives the
 same bits.
 
-    python benchmarks/splits.py
-    python benchmarks/splits.py --dtype bf16
+    python benchmarks/splits.py                    # fp32 and bf16; results/splits.json is its last line
 
 Printed for each cut is |gradient - gradient of the whole| / |gradient of the whole|, all parameters together. In exact
 arithmetic it is 0; what is left is the order of additions.
@@ -33,11 +32,9 @@ def gradient(model: Qwen2ForCausalLM, episodes: list[Episode], micro_batch_token
     return optimizer.kept
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="fp32", choices=common.DTYPES)
-    args = parser.parse_args(argv)
-    model = Qwen2ForCausalLM.from_config(common.shape_config("tiny"), common.DTYPES[args.dtype])
+def measure(dtype: torch.dtype) -> dict[str, object]:
+    """Whether every cut gives its own bits again, and how far each is from the whole."""
+    model = Qwen2ForCausalLM.from_config(common.shape_config("tiny"), dtype)
     prompts = common.random_prompts(6, 20, 2048)
     answers = common.random_prompts(24, 30, 2048, seed=1)
     episodes = [
@@ -52,8 +49,17 @@ def main(argv: list[str] | None = None) -> None:
     errors = {
         str(split): float((g - whole).norm() / whole.norm()) for split, g in gradients.items() if split != SPLITS[0]
     }
-    print(common.table(("most tokens a micro-batch", "difference"), [(s, f"{e:.1e}") for s, e in errors.items()]))
-    common.print_json(args, {"same bits": same, "splits": errors})
+    return {"same bits": same, "splits": errors}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=common.DTYPES)
+    args = parser.parse_args(argv)
+    results = {dtype: measure(common.DTYPES[dtype]) for dtype in args.dtype}
+    rows = [(split, *(f"{results[dtype]['splits'][str(split)]:.1e}" for dtype in args.dtype)) for split in SPLITS[1:]]
+    print(common.table(("most tokens a micro-batch", *args.dtype), rows))
+    common.print_json(args, results)
 
 
 if __name__ == "__main__":
