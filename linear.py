@@ -26,10 +26,11 @@ from torch import Tensor, nn
 # when it makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-RETURN_EVERY = 4  # rollouts; not each, because the update that follows has to ask for its memory again
+RETURN_EVERY = 4  # rollouts; not each, because what follows has to ask for its memory again
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _in_place = False
-_packings = itertools.count(1)
+_packings = itertools.count()
 
 
 @contextmanager
@@ -124,6 +125,8 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     if not can_pack(model.head_weight):
         yield
         return
+    if next(_packings) % RETURN_EVERY == 0:
+        return_free_memory()
     head = model.head_weight  # an untied one is a Linear too, and is packed once
     linears = [m for m in model.modules() if isinstance(m, Linear) and m.weight is not head and can_pack(m.weight)]
     try:
@@ -135,8 +138,6 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
         for module in linears:
             module.packed = None
         model.packed_head = None
-        if next(_packings) % RETURN_EVERY == 0:
-            return_free_memory()
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -149,10 +150,14 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def return_free_memory() -> None:
-    """Give memory that was freed back to the system.
+    """Give memory that was freed back to the system, and from now on keep less of it.
 
-    glibc keeps it for the next request, and rollout and update ask for pieces of different sizes: the holes that one
-    leaves do not fit the other, and the process grows step by step (docs/performance.md).
+    glibc holds on to freed pieces of up to 32 MiB. Rollout and update ask for pieces of ever other sizes, the holes
+    of some do not fit the next, and a process with a 0.5B model grows by 0.2 GiB a step without end. Pieces from
+    8 MiB on now come from the system and go back to it (docs/performance.md).
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)  # the end of the heap, where small pieces come and go
+        libc.malloc_trim(0)
