@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import make_config, make_model
+from safetensors.torch import load_file
+from test_train import SMALL, metrics_of
 
 import generation
 import grpo
@@ -104,3 +113,48 @@ def test_an_update_that_does_not_fit_gives_the_same_gradient_in_pieces(trainer, 
     assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     for a, b in zip(whole.kept, pieces.kept):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process's address space")
+def test_a_run_in_a_process_with_too_little_memory_is_the_unlimited_run(tokenizer, tmp_path):
+    """CHECKLIST 17: a real process, its real allocator, and 80 MiB of address space for step 2. A token's queries,
+    keys and values take 16 KiB each: the rollout's cache 92 MiB, the step's activations some 400, those of an answer
+    5. Same answers to the bit, and the weights of the unlimited run within the rounding of sums."""
+    model = make_model(make_config(num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=16, head_dim=256))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["--ckpt", tmp_path / "model", *SMALL, "--steps", 2, "--save-every", 1, "--eval-problems", 0, "--lr", 1e-3]
+    words += ["--prompts-per-step", 24, "--max-new-tokens", 32, "--micro-batch-tokens", 16384]
+    # Blocks of a megabyte go back to the system when they are freed: no free memory of step 1 is left for step 2.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    said = {}
+    for name, mib in (("unlimited", 0), ("limited", 80)):
+        command = [
+            sys.executable,
+            Path(__file__).with_name("limited_memory.py"),
+            mib,
+            *words,
+            "--run-dir",
+            tmp_path / name,
+        ]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said[name] = [
+            int(size) for size in re.findall(r"out of memory; again with pieces of at most (\d+)", done.stderr)
+        ]
+    assert not said["unlimited"]
+    update = said["limited"].index(8192)  # half of --micro-batch-tokens; the rollout halved its rows before
+    assert said["limited"][update - 1] <= 64, "96 rows of the rollout were never cut"
+    assert said["limited"][-1] <= 1024, "some 2,800 tokens of the update were never cut"
+
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in said]
+    assert samples[0] == samples[1]
+    begin, (whole, pieces) = (
+        load_file(tmp_path / "unlimited/checkpoints/step-000001/model.safetensors"),
+        (load_file(tmp_path / name / "checkpoints/step-000002/model.safetensors") for name in said),
+    )
+    for name, start in begin.items():
+        assert (whole[name] - pieces[name]).norm() <= 1e-3 * (whole[name] - start).norm(), name
+    for a, b in zip(*(metrics_of(tmp_path / name) for name in said)):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
