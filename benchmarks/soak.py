@@ -1,10 +1,14 @@
 """Thousands of steps of a random two-layer model: does anything grow?
 
     python benchmarks/soak.py --steps 2000          # about five minutes on one core
+    LRU_CACHE_CAPACITY=64 ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 python benchmarks/soak.py --steps 300
 
 The whole job as `train.main` runs it: rollout, rewards, updates, metrics, samples, TensorBoard, an evaluation and a
 checkpoint now and then. At every step the resident memory, the open file handles, the threads and the children of the
 process are noted; printed is how they differ between the second tenth of the run and its last.
+
+Resident memory grows while oneDNN, the library of torch's matrix products on a CPU, meets new shapes: it generates
+machine code for each and keeps that of the last 1,024 twice over. The two variables bound these caches.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from random_run import QUICK, EvenLetters, write_checkpoint
 
 import train
 from run_log import RunLog
+
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "MALLOC_ARENA_MAX")
 
 
 def state_of_the_process() -> dict[str, float]:
@@ -85,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = growth(soak(args.steps, Path(folder), args.updates_per_rollout))
     print(common.table(("a step", "early", "late", "growth"), [(name, *row.values()) for name, row in table.items()]))
-    common.print_json(args, table)
+    caches = {name: os.environ.get(name, "default") for name in KERNEL_CACHES}
+    common.print_json(args, table | {"caches": caches})
 
 
 if __name__ == "__main__":
