@@ -13,8 +13,6 @@ The conversation is rendered by the checkpoint's own chat template, whole, at ev
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Literal
 import torch
 
 from attention import KVCache
+from closed_pipe import reader_may_go
 from config import Config
 from data_types import Message
 from decoding import prefill_prompts
@@ -187,13 +186,10 @@ def main(argv: list[str]) -> int:
     ask = sys.stdin.isatty()
     for file in (sys.stdin, sys.stdout):  # what the terminal's encoding does not know becomes a question mark
         file.reconfigure(errors="replace")
-    try:
+    with reader_may_go():
         if ask:
             print(chat.greeting())
         talk(chat, ask)
-    except BrokenPipeError:  # whoever reads the answers has gone, as `head` does
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
     return 0
 
 

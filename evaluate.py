@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
+from closed_pipe import ReaderMayGo, reader_may_go
 from config import Config, parse_args
 from data_types import Episode, MiniBatch
 from flags import take_flag
@@ -172,14 +172,15 @@ def main(argv: list[str]) -> int:
         return 2
     results = {ckpt: evaluation.results for ckpt, evaluation in found.items()}
     gains = {f"{ckpt} - {ckpts[0]}": differences(found[ckpts[0]], found[ckpt]) for ckpt in compare}
-    Console().print(table(results, "held-out problems"))
-    if gains:
-        Console().print(table(gains, "difference, problem by problem"))
     problems = len(found[ckpts[0]].by_problem["greedy"])
     report = {"task": config.task, "problems": problems, "samples": n, "results": results, "differences": gains}
-    print(json.dumps(report))
     if file:
         Path(file[-1]).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    with reader_may_go():
+        ReaderMayGo().print(table(results, "held-out problems"))
+        if gains:
+            ReaderMayGo().print(table(gains, "difference, problem by problem"))
+        print(json.dumps(report))
     return 0
 
 

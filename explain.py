@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anatomy import FILTERS, compare, look
+from closed_pipe import ReaderMayGo, reader_may_go
 from config import BUNDLED_CKPT
 from flags import normalise, parse_flags
 from generation import SamplingParams, generate
@@ -252,13 +253,12 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"explain.py: {error}", file=sys.stderr)
         return 2
-    print_text(facts, Console() if sys.stdout.isatty() else Console(width=160))
-    if not options.text:
-        size = options.out.stat().st_size / 1e6
-        kind = (
-            "live" if "live" in facts else "not live: the model is too large for it, or its tokenizer of another kind"
-        )
-        print(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})")
+    with reader_may_go():
+        print_text(facts, ReaderMayGo(width=None if sys.stdout.isatty() else 160))
+        if not options.text:
+            size, live = options.out.stat().st_size / 1e6, "live" in facts
+            kind = "live" if live else "not live: the model is too large for it, or its tokenizer of another kind"
+            print(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})")
     return 0
 
 

@@ -31,6 +31,8 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 import yaml
 
+from closed_pipe import reader_may_go
+
 T = TypeVar("T")
 
 
@@ -53,7 +55,8 @@ def parse_flags(schema: type[T], argv: list[str], default: T | None = None, sour
         if exit.code:
             raise ValueError(f"{source}: {_sentence(error.getvalue())}") from None
         encoding = sys.stdout.encoding or "utf-8"
-        print(_with_titles(out.getvalue(), schema).encode(encoding, "replace").decode(encoding), end="")
+        with reader_may_go():
+            print(_with_titles(out.getvalue(), schema).encode(encoding, "replace").decode(encoding), end="")
         raise
     if unknown:
         names = [flag_name(field.name) for field in dataclasses.fields(schema)]

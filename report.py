@@ -31,6 +31,7 @@ import torch
 import yaml
 
 from checkpoint import find_checkpoint
+from closed_pipe import reader_may_go
 from config import Config, load_config
 from data_types import Episode
 from evaluate import share_interval, wilson_interval
@@ -309,7 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
-    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB, needs no network)")
+    with reader_may_go():
+        print(f"{out} ({out.stat().st_size / 1e6:.1f} MB, needs no network)")
     return 0
 
 

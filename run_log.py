@@ -28,8 +28,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from closed_pipe import ReaderMayGo, nobody_reads
 from config import Config, save_yaml
 from data_types import Episode
 from progress import History, LiveProgress, PlainProgress, summary_table
@@ -67,7 +66,7 @@ class RunLog:
         self._purge_step: int | None = None
         self._complaints: set[str] = set()
         self.history = History(total_steps)
-        self.console = Console()
+        self.console = ReaderMayGo()
         if live is None:
             live = self.console.is_terminal and not self.console.is_dumb_terminal
         title = f"{Path(config.ckpt).name}  {config.task}  {self.run_dir}"
@@ -171,6 +170,8 @@ class RunLog:
         try:
             write()
         except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                nobody_reads()
             if what not in self._complaints:
                 with contextlib.suppress(OSError):  # standard error may stand on the same full disk
                     print(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}", file=sys.stderr)

@@ -29,6 +29,7 @@ import torch
 
 import distributed
 from checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
+from closed_pipe import nobody_reads
 from config import Config, config_files, new_run_dir, parse_args
 from data_types import Episode, MiniBatch, Problem
 from flags import one_line
@@ -160,8 +161,13 @@ def where_to_begin(config: Config) -> tuple[Path, Path | None]:
 
 
 def say(text: str) -> None:
-    if distributed.is_main():
+    if not distributed.is_main():
+        return
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        nobody_reads()
+        logger.warning("nobody reads standard output any more; the run goes on")
 
 
 def evaluate(trainer: GRPO, problems: list[Problem], show: Callable[[list[Episode]], None] | None = None) -> Metrics:
