@@ -74,6 +74,8 @@ class Config:
     """Arithmetic: how many terms a question may have."""
     num_digits: tuple[int, ...] = (1, 2)
     """Arithmetic: how many digits a term may have."""
+    operators: str = "+-*"
+    """Arithmetic: the signs a question may have between its terms, some of + - * /."""
     prompt_style: Literal["full", "short"] = "full"
     """Wording of the prompt: full for instruction-tuned models, short for the bundled one."""
     format_weight: float = 0.1

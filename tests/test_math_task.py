@@ -725,13 +725,14 @@ def test_task_from_config_takes_what_the_task_knows():
     task = task_from_config(config)
     assert (task.numbers, task.min_number, task.max_number, task.seed) == ((4,), 2, 11, config.seed)
     assert (task.prompt_style, task.answer_weight, task.data) == ("short", 3.0, None)
-    arithmetic = task_from_config(Config(task="arithmetic", num_terms=(5,), num_digits=(1,)))
-    assert arithmetic.row("train", 0)["num_terms"] == 5
+    arithmetic = task_from_config(Config(task="arithmetic", num_terms=(5,), num_digits=(1,), operators="-"))
+    row = arithmetic.row("train", 0)
+    assert row["num_terms"] == 5 and row["question"].count("-") == 4
 
 
 def test_every_task_field_of_the_config_is_an_option_of_some_task():
     """A flag that no task takes would be silently without effect."""
-    fields = {"data", "numbers", "min_number", "max_number", "num_terms", "num_digits", "prompt_style"}
+    fields = {"data", "numbers", "min_number", "max_number", "num_terms", "num_digits", "operators", "prompt_style"}
     fields |= {"format_weight", "answer_weight", "seed"}
     assert fields <= {option for name in ("countdown", "arithmetic") for option in task_options(name)}
 
