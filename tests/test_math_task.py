@@ -727,7 +727,8 @@ def test_task_from_config_takes_what_the_task_knows():
     assert (task.prompt_style, task.answer_weight, task.data) == ("short", 3.0, None)
     arithmetic = task_from_config(Config(task="arithmetic", num_terms=(5,), num_digits=(1,), operators="-"))
     row = arithmetic.row("train", 0)
-    assert row["num_terms"] == 5 and row["question"].count("-") == 4
+    assert row["num_terms"] == 5
+    assert row["question"].count("-") == 4
 
 
 def test_every_task_field_of_the_config_is_an_option_of_some_task():
