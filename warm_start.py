@@ -33,6 +33,7 @@ from torch import Tensor
 from attention import Layout, PackedAttention
 from data_types import Problem
 from generation import SamplingParams, generate
+from linear import gradients_in_place, return_free_memory
 from losses import token_logprobs
 from math_task import CountdownTask
 from optimizer import MemoryEfficientAdamW
@@ -42,6 +43,7 @@ from search_traces import draw_searcher, write_trace
 from tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+RETURN_EVERY = 8  # optimizer steps of a large model after which freed memory goes back to the system
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them
 # How text is cut before byte pairs are merged. The tokenizer is saved with Qwen2's own pattern, which transformers puts
 # in place whatever the file says; merges are learnt within finer pieces, so that no two signs are ever glued together.
@@ -235,7 +237,7 @@ def cosine(done: float, warmup: float = 0.02) -> float:
 
 
 def train(model: Qwen2ForCausalLM, stream: Iterator[Example], options: Options) -> None:
-    """Train on `options.tokens` tokens of the stream, a line of progress every 500 steps."""
+    """Train on `options.tokens` tokens of the stream, a line of progress every 500 steps, every 10 with --ckpt."""
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
     seen, began, recent = 0, time.perf_counter(), []
     for step, batch in enumerate(batches(stream, options.batch_tokens)):
@@ -244,13 +246,16 @@ def train(model: Qwen2ForCausalLM, stream: Iterator[Example], options: Options) 
         seen += sum(map(len, batch))
         for group in optimizer.param_groups:
             group["lr"] = options.lr * cosine(seen / options.tokens)
-        loss = response_loss(model, batch)
-        loss.backward()
+        if options.ckpt and step % RETURN_EVERY == 0:
+            return_free_memory()
+        with gradients_in_place(options.ckpt is not None):  # memory; a fresh tiny model keeps autograd's own rounding
+            loss = response_loss(model, batch)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
-        if step % 500 == 0:
+        if step % (10 if options.ckpt else 500) == 0:
             seconds = time.perf_counter() - began
             print(f"{seen / 1e6:7.2f} M tokens {seconds:6.0f} s  {seen / seconds:7.0f} tokens/s  "
                   f"loss {sum(recent) / len(recent):.4f}", flush=True)  # fmt: skip
