@@ -133,12 +133,16 @@ class Task:
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         """What is worth averaging beside the reward.
 
-        solved: 1.0 for a right answer. sums: equalities written in the thought. false_sums: the share of them that is
-        wrong (0.0 where there are none): a policy that is paid for answers only learns to write false sums.
+        solved: 1.0 for a right answer. full_format: 1.0 for the whole format, whose reward has credit for parts of it
+        (only where the reward has a part `format`). sums: equalities written in the thought. false_sums: the share of
+        them that is wrong (0.0 where there are none): a policy that is paid for answers only learns to write those.
         """
+        parts = self.reward(problem, response).parts
         wrong, total = false_sums(think_block(whole_text(problem, response)))
-        solved = float(self.reward(problem, response).parts.get("answer", 0.0) == 1.0)
-        return {"solved": solved, "sums": float(total), "false_sums": wrong / total if total else 0.0}
+        found = {"solved": float(parts.get("answer", 0.0) == 1.0)}
+        if "format" in parts:
+            found["full_format"] = float(parts["format"] == 1.0)
+        return found | {"sums": float(total), "false_sums": wrong / total if total else 0.0}
 
     def messages(self, text: str) -> list[Message]:
         """Chat messages that say `text`; the short style has no system message."""

@@ -70,7 +70,7 @@ KEPT = [  # metrics of a training step that the raw file keeps
     "reward", "solved", "entropy", "completions/mean_length", "frac_reward_zero_std", "clip_ratio/low_mean",
     "clip_ratio/high_mean", "ratio/max", "grad_norm", "false_sums",
 ]  # fmt: skip
-TABLE = {"eval_solved": "solved, sampled", "eval_greedy_solved": "solved, greedy", "eval_format": "full format",
+TABLE = {"eval_solved": "solved, sampled", "eval_greedy_solved": "solved, greedy", "eval_format": "format reward",
          "eval_false_sums": "false sums", "eval_mean_length": "tokens an answer"}  # fmt: skip
 
 

@@ -393,12 +393,16 @@ def test_false_sums(text, expected):
 
 def test_diagnostics_read_the_thought_only():
     found = TASK.diagnostics(PROBLEM, respond("3 + 5 * 2", thought="3 + 5 = 9 no, 5 * 2 = 10"))
-    assert found == {"solved": 1.0, "sums": 2.0, "false_sums": 0.5}
-    assert TASK.diagnostics(PROBLEM, respond("3 + 5 = 9", thought="hm")) == {
-        "solved": 0.0,
-        "sums": 0.0,
-        "false_sums": 0.0,
-    }
+    assert found == {"solved": 1.0, "full_format": 1.0, "sums": 2.0, "false_sums": 0.5}
+    found = TASK.diagnostics(PROBLEM, respond("3 + 5 = 9", thought="hm"))
+    assert found == {"solved": 0.0, "full_format": 1.0, "sums": 0.0, "false_sums": 0.0}
+
+
+def test_diagnostics_tell_the_whole_format_from_credit_for_parts_of_it():
+    """A format reward of .74 may be a third of whole formats: .34 + .6 * .66."""
+    response = " 3 + 5 = 8 </think>\n8 + 8 = 16\n<answer> 3 + 5 * 2 </answer>"
+    assert TASK.reward(PROBLEM, response).parts["format"] == pytest.approx(0.6)
+    assert TASK.diagnostics(PROBLEM, response)["full_format"] == 0.0
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
