@@ -43,7 +43,6 @@ from search_traces import draw_searcher, write_trace
 from tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-RETURN_EVERY = 8  # optimizer steps of a large model after which freed memory goes back to the system
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them
 # How text is cut before byte pairs are merged. The tokenizer is saved with Qwen2's own pattern, which transformers puts
 # in place whatever the file says; merges are learnt within finer pieces, so that no two signs are ever glued together.
@@ -57,6 +56,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+RETURN_EVERY = 8  # optimizer steps of a large model after which freed memory goes back to the system
 
 
 @dataclass
