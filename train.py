@@ -45,8 +45,8 @@ from sharding import is_sharded, whole, whole_optimizer
 
 logger = logging.getLogger("train")
 SHOWN = 8  # held-out answers of each evaluation that are kept for people
-SHOWN_MEANS = ("reward", "solved", "false_sums", "completions/mean_length", "completions/clipped_ratio",
-               "frac_reward_missing")  # fmt: skip
+SHOWN_MEANS = ("reward", "solved", "full_format", "false_sums", "completions/mean_length",
+               "completions/clipped_ratio", "frac_reward_missing")  # fmt: skip
 NOT_SAVED = 4  # exit code
 
 

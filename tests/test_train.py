@@ -70,6 +70,11 @@ def assert_same_files(one: Path, other: Path, *names: str) -> None:
 # --- end to end
 
 
+def test_an_evaluation_tells_the_whole_format_from_its_reward(checkpoint_folder, tmp_path):
+    assert run("--ckpt", checkpoint_folder, "--run-dir", tmp_path, "--steps", 1, *SMALL, "--task", "arithmetic") == 0
+    assert {"eval_solved", "eval_full_format", "eval_greedy_full_format"} <= metrics_of(tmp_path)[0].keys()
+
+
 def test_three_steps_and_a_resume(checkpoint_folder, tmp_path, even_letters, capsys):
     """CHECKLIST 47: what the run says, what it leaves behind, and that it goes on from there."""
     run_dir = tmp_path / "run"
