@@ -27,15 +27,19 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PANELS = {  # title -> (metric of an evaluation, metric of a training step)
     "held-out problems solved, sampled": ("eval_solved", None),
     "held-out problems solved, greedy": ("eval_greedy_solved", None),
+    "held-out answers in the whole format, sampled": ("eval_full_format", None),
     "reward": (None, "reward"),
     "tokens an answer": (None, "completions/mean_length"),
     "entropy": (None, "entropy"),
     "share of false sums": ("eval_false_sums", None),
+    "share of groups without a gradient": (None, "frac_reward_zero_std"),
 }
 SMOOTH = 10  # steps averaged in the training curves
 TABLE = [
     "eval_solved",
     "eval_greedy_solved",
+    "eval_full_format",
+    "eval_greedy_full_format",
     "eval_format",
     "eval_greedy_format",
     "eval_false_sums",
@@ -54,13 +58,21 @@ def series(records: list[dict], name: str, smooth: int = 1) -> tuple[list[int], 
     return [step for step, _ in points], means
 
 
+def measured(runs: dict[str, list[dict]], name: str) -> bool:
+    """Whether every run has it: older ones lack the metrics that came later."""
+    return all(any(r.get(name) is not None for r in records) for records in runs.values())
+
+
 def draw(runs: dict[str, list[dict]], path: Path) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), constrained_layout=True)
-    for axis, (title, (evaluation, training)) in zip(axes.flat, PANELS.items()):
+    panels = {title: names for title, names in PANELS.items() if measured(runs, names[0] or names[1])}
+    columns = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5.6), constrained_layout=True)
+    axes.flat[-1].set_visible(len(panels) == 2 * columns)
+    for axis, (title, (evaluation, training)) in zip(axes.flat, panels.items()):
         for label, records in runs.items():
             steps, values = series(records, evaluation or training, 1 if evaluation else SMOOTH)
             axis.plot(steps, values, marker="o" if evaluation else None, markersize=3, label=label)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=9)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -77,15 +89,16 @@ def main(name: str, folders: list[Path]) -> None:
     draw(runs, RESULTS / f"{name}.png")
 
     summary = {}
-    print("| run | " + " | ".join(TABLE) + " | minutes of steps |")
-    print("|---" * (len(TABLE) + 2) + "|")
+    names = [name for name in TABLE if measured(runs, name)]
+    print("| run | " + " | ".join(names) + " | minutes of steps |")
+    print("|---" * (len(names) + 2) + "|")
     for label, records in runs.items():
         evaluations = [r for r in records if "eval_solved" in r]
         first, last = evaluations[0], evaluations[-1]
         minutes = sum(r.get("step_time") or 0 for r in records) / 60
-        cells = [f"{first[key]:.3f} -> {last[key]:.3f}" for key in TABLE]
+        cells = [f"{first[key]:.3f} -> {last[key]:.3f}" for key in names]
         print(f"| {label} | " + " | ".join(cells) + f" | {minutes:.1f} |")
-        summary[label] = {key: [first[key], last[key]] for key in TABLE} | {"minutes": minutes, "steps": last["step"]}
+        summary[label] = {key: [first[key], last[key]] for key in names} | {"minutes": minutes, "steps": last["step"]}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     hardware = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit}
     print(json.dumps({"name": name, "runs": summary, "hardware": hardware}))

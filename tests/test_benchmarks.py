@@ -171,4 +171,13 @@ def test_the_figure_of_several_seeds(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "x" / "seed-1.jsonl").read_bytes() == (
         tmp_path / "run-1" / "metrics.jsonl"
     ).read_bytes()
+    assert "eval_full_format" not in said[0]  # older runs lack it, and are drawn without
+    for seed in (0, 1):
+        path = tmp_path / f"run-{seed}" / "metrics.jsonl"
+        lines = [json.loads(line) | {"eval_full_format": 0.25} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures.main("x", [tmp_path / "run-0", tmp_path / "run-1"])
+    said = capsys.readouterr().out.splitlines()
+    assert "eval_full_format" in said[0]
+    assert "0.250 -> 0.250" in said[2]
     assert figures.series([{"step": i, "m": v} for i, v in enumerate([1, 3, 5])], "m", 2) == ([0, 1, 2], [1, 2, 4])
