@@ -2,11 +2,13 @@
 
     python warm_start.py --out assets/countdown-tiny                  # the bundled tiny model, from nothing, in minutes
     python warm_start.py --ckpt FOLDER --out models/cold-started      # an existing checkpoint, in its own words
+    python warm_start.py --ckpt FOLDER --out models/worked --task arithmetic
 
-From nothing: a small byte-pair tokenizer is trained on traces (search_traces.py), and then a Qwen2 of 0.83 M parameters
-on a stream of them that never repeats. With `--ckpt`, the checkpoint's own tokenizer, chat template and the full prompt
-style are used, and far fewer traces are enough. The traces are imperfect on purpose: what is learnt here is the form,
-honest arithmetic and a wide mix of habits; which of them solve problems is what GRPO finds out (train.py).
+From nothing: a small byte-pair tokenizer is trained on traces (search_traces.py for Countdown, sum_traces.py for
+arithmetic), and then a Qwen2 of 0.83 M parameters on a stream of them that never repeats. With `--ckpt`, the
+checkpoint's own tokenizer, chat template and the full prompt style are used, and far fewer traces are enough. They
+are imperfect on purpose: what is learnt here is the form, honest arithmetic and a wide mix of habits; which of them
+solve problems is what GRPO finds out (train.py).
 
 The loss is the mean over response tokens, the stop token included; the prompt is read and not learnt. Texts lie end to
 end without padding. The same options and seed give the same weights on the same machine with the same thread count.
@@ -19,7 +21,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,11 +37,13 @@ from data_types import Problem
 from generation import SamplingParams, generate
 from linear import gradients_in_place, return_free_memory
 from losses import token_logprobs
-from math_task import CountdownTask
+from math_task import ArithmeticTask, CountdownTask
 from optimizer import MemoryEfficientAdamW
 from pretrained import locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from search_traces import draw_searcher, write_trace
+from sum_traces import draw_habits, write_working
+from task_base import Task
 from tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -75,10 +79,18 @@ class Options:
     """Highest learning rate, cosine to 0 after a short warm-up; None: 3e-3 or 1e-5."""
     room: int = 172
     """Longest response, in tokens, its stop token included: less than the cap of the run that follows."""
+    task: Literal["countdown", "arithmetic"] = "countdown"
+    """What the examples are of."""
     numbers: tuple[int, ...] = (3, 4)
-    """How many numbers a problem may have; repeat one to see it more often."""
+    """Countdown: how many numbers a problem may have; repeat one to see it more often."""
     max_number: int = 25
-    """Largest number of a problem."""
+    """Countdown: largest number of a problem."""
+    num_terms: tuple[int, ...] = (2, 3)
+    """Arithmetic: how many terms a question may have."""
+    num_digits: tuple[int, ...] = (1, 2)
+    """Arithmetic: how many digits a term may have."""
+    operators: str = "+-*"
+    """Arithmetic: the signs between the terms, some of + - *."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the weights; masters and moments are fp32 either way."""
     threads: int = 1
@@ -156,15 +168,14 @@ def tiny_config(tokenizer: Tokenizer) -> Qwen2Config:
     )
 
 
-def tokenizer_texts(task: CountdownTask, seed: int, n: int = 5000) -> Iterator[str]:
+def tokenizer_texts(task: Task, seed: int, n: int = 5000) -> Iterator[str]:
     """Prompts and traces in plain text. `room` is in characters here: there are no tokens yet."""
     rng = random.Random(f"tokenizer {seed}")
     for index in range(n):
         problem = task.train_problem(index)
-        numbers, target = problem.target["numbers"], problem.target["target"]
         roles = "system\nuser\nassistant\n"
         yield roles + problem.messages[-1]["content"] + "\n"
-        yield write_trace(numbers, target, draw_searcher(rng), rng, room=400, count_tokens=len)
+        yield trace(task, problem, rng, room=400, count_tokens=len)
 
 
 # --- examples and batches
@@ -181,7 +192,19 @@ class Example:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def examples(task: CountdownTask, tokenizer: Tokenizer, options: Options) -> Iterator[Example]:
+def trace(task: Task, problem: Problem, rng: random.Random, room: int, count_tokens: Callable[[str], int]) -> str:
+    """The response to learn, with habits drawn anew. Raises ValueError where `room` tokens do not hold it."""
+    if isinstance(task, CountdownTask):
+        numbers, target = problem.target["numbers"], problem.target["target"]
+        return write_trace(numbers, target, draw_searcher(rng), rng, room, count_tokens)
+    expression = problem.messages[-1]["content"].removeprefix("What is ").partition("?")[0]
+    text = write_working(expression, draw_habits(rng))
+    if count_tokens(text) > room:
+        raise ValueError(f"{room} tokens do not hold {expression} worked out; give more --room")
+    return text
+
+
+def examples(task: Task, tokenizer: Tokenizer, options: Options) -> Iterator[Example]:
     """An endless stream of training problems, each with one trace."""
     stop = tokenizer.encode(tokenizer.special_tokens["eos_token"])
     rng = random.Random(f"traces {options.seed}")
@@ -193,7 +216,7 @@ def examples(task: CountdownTask, tokenizer: Tokenizer, options: Options) -> Ite
 
 
 def make_example(
-    task: CountdownTask, tokenizer: Tokenizer, problem: Problem, rng: random.Random, room: int, stop: list[int]
+    task: Task, tokenizer: Tokenizer, problem: Problem, rng: random.Random, room: int, stop: list[int]
 ) -> Example:
     prompt = tokenizer.render_chat(task.prompt(problem)) + problem.response_prefix
     opening = "" if prompt.endswith("\n") else "\n"
@@ -201,9 +224,8 @@ def make_example(
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(opening + text)) + len(stop)
 
-    numbers, target = problem.target["numbers"], problem.target["target"]
-    trace = write_trace(numbers, target, draw_searcher(rng), rng, room, count_tokens)
-    return Example(tokenizer.encode(prompt), tokenizer.encode(opening + trace) + stop)
+    text = trace(task, problem, rng, room, count_tokens)
+    return Example(tokenizer.encode(prompt), tokenizer.encode(opening + text) + stop)
 
 
 def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Example]]:
@@ -265,7 +287,7 @@ def train(model: Qwen2ForCausalLM, stream: Iterator[Example], options: Options) 
 # --- evaluation
 
 
-def evaluate(model, tokenizer: Tokenizer, task: CountdownTask, n: int, max_new_tokens: int, temperature: float) -> dict:
+def evaluate(model, tokenizer: Tokenizer, task: Task, n: int, max_new_tokens: int, temperature: float) -> dict:
     """Rates over the first `n` held-out problems, an answer each."""
     problems = task.test_problems(n)
     prompts = [tokenizer.render_chat(task.prompt(p)) + p.response_prefix for p in problems]
@@ -284,7 +306,7 @@ def evaluate(model, tokenizer: Tokenizer, task: CountdownTask, n: int, max_new_t
     }
 
 
-def report(model, tokenizer: Tokenizer, task: CountdownTask, options: Options) -> None:
+def report(model, tokenizer: Tokenizer, task: Task, options: Options) -> None:
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         rates = evaluate(model, tokenizer, task, options.eval_problems, options.room + 20, temperature)
         example = rates.pop("example")
@@ -292,10 +314,20 @@ def report(model, tokenizer: Tokenizer, task: CountdownTask, options: Options) -
         print("        " + example.replace("\n", "\n        "))
 
 
+def make_task(options: Options) -> Task:
+    common = {"prompt_style": "full" if options.ckpt else "short", "seed": options.seed}
+    if options.task == "countdown":
+        return CountdownTask(numbers=options.numbers, max_number=options.max_number, **common)
+    if "/" in options.operators:
+        raise ValueError(f"--operators {options.operators!r}: worked examples are written for + - * only")
+    return ArithmeticTask(
+        num_terms=options.num_terms, num_digits=options.num_digits, operators=options.operators, **common
+    )
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    style = "full" if options.ckpt else "short"
-    task = CountdownTask(numbers=options.numbers, max_number=options.max_number, prompt_style=style, seed=options.seed)
+    task = make_task(options)
     out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     if options.ckpt:
         folder = locate_pretrained(options.ckpt)

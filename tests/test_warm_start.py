@@ -13,9 +13,10 @@ import torch.nn.functional as F
 import linear
 import warm_start
 from expressions import evaluate_expression, false_sums
-from math_task import CountdownTask
+from math_task import ArithmeticTask, CountdownTask
 from qwen2_llm import Qwen2ForCausalLM
 from search_traces import LARGEST_RESULT, Searcher, draw_searcher, write_trace
+from sum_traces import Habits, draw_habits, write_working
 from tokenizer import Tokenizer
 from warm_start import Options
 
@@ -119,6 +120,45 @@ def test_noticing_and_thinking_find_more():
     assert solved[0.0, 5] > 0.25
 
 
+# --- arithmetic, worked out
+
+
+def test_every_working_is_true_whole_and_right():
+    task, rng = ArithmeticTask(num_terms=(1, 2, 4), num_digits=(1, 2, 3)), random.Random(5)
+    texts = []
+    for problem in task.problems("train", 300):
+        expression = problem.messages[-1]["content"].removeprefix("What is ").partition("?")[0]
+        text = write_working(expression, draw_habits(rng))
+        assert task.reward(problem, f"\n{text}").parts == {"format": 1.0, "answer": 1.0}
+        assert false_sums(text.partition("</think>")[0])[0] == 0
+        texts.append((expression, text))
+    long = [(e, t) for e, t in texts if e.count(" ") > 4]
+    assert 0.1 < sum(t.startswith(f"{e} = ") for e, t in long) / len(long) < 0.3  # the habit of one in five
+
+
+def test_products_come_first_and_are_split_or_known_by_heart():
+    split, by_heart = Habits(in_one_go=False, splits=True), Habits(in_one_go=False, splits=False)
+    end = "76 - 6175 = -6099\n</think>\n<answer>-6099</answer>"
+    worked = write_working("76 - 65 * 95", split)
+    assert worked == "65 * 95 = 65 * 90 + 65 * 5 = 5850 + 325 = 6175\n" + end
+    assert write_working("76 - 65 * 95", by_heart) == "65 * 95 = 6175\n" + end
+    assert write_working("76 - 65 * 95", Habits(in_one_go=True, splits=True)).startswith(
+        "76 - 65 * 95 = -6099\n</think>"
+    )
+    assert write_working("12 * 305", split).startswith("12 * 305 = 12 * 300 + 12 * 5 = 3600 + 60 = 3660\n")
+    for simple in ("20 * 30 = 600", "5 * 95 = 475"):  # nothing to make easier
+        assert write_working(simple.partition(" =")[0], split).startswith(f"{simple}\n")
+
+
+def test_a_question_that_cannot_be_worked_out_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"for \+ - \* only"):
+        write_working("7 / 2", Habits(in_one_go=False, splits=False))
+    with pytest.raises(ValueError, match=r"--operators '\+/'"):
+        warm_start.main(Options(task="arithmetic", operators="+/"))
+    with pytest.raises(ValueError, match="give more --room"):
+        next(warm_start.examples(ArithmeticTask(num_terms=(9,), prompt_style="short"), tokenizer, Options(room=20)))
+
+
 # --- the tokenizer
 
 
@@ -199,9 +239,10 @@ def test_batches_lose_no_example():
     assert [example for batch in found for example in batch] == stream
 
 
-def test_from_nothing_to_a_folder_and_on_from_there(tmp_path, capsys):
+@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
+def test_from_nothing_to_a_folder_and_on_from_there(task, tmp_path, capsys):
     """Both ways to call it; the same seed gives the same weights; training lowers the loss."""
-    options = {"tokens": 6000, "batch_tokens": 1000, "threads": 1, "eval_problems": 4}
+    options = {"task": task, "tokens": 6000, "batch_tokens": 1000, "threads": 1, "eval_problems": 4}
     for name in ("a", "b"):
         warm_start.main(Options(out=str(tmp_path / name), **options))
     weights = [Qwen2ForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b")]
