@@ -1,8 +1,6 @@
 """Worked examples for a warm start: an arithmetic question, products before sums, one operation a line.
 
-    65 * 90 = 5850
-    65 * 5 = 325
-    5850 + 325 = 6175
+    65 * 95 = 65 * 90 + 65 * 5 = 5850 + 325 = 6175
     76 - 6175 = -6099
     </think>
     <answer>-6099</answer>
@@ -27,12 +25,12 @@ class Habits:
     """How one question is worked out."""
 
     in_one_go: bool  # the question and its result, nothing between
-    splits: bool  # a product of two numbers above 9 becomes easier ones and their sum
+    splits: bool  # a product of two numbers above 9 becomes a sum of easier ones
 
 
 def draw_habits(rng: random.Random) -> Habits:
-    """One in ten guesses at once; of the others two in three split products."""
-    return Habits(in_one_go=rng.random() < 0.1, splits=rng.random() < 2 / 3)
+    """One in five guesses at once; of the others half split products."""
+    return Habits(in_one_go=rng.random() < 0.2, splits=rng.random() < 0.5)
 
 
 def write_working(expression: str, habits: Habits) -> str:
@@ -48,29 +46,20 @@ def write_working(expression: str, habits: Habits) -> str:
     lines = []
     while signs:
         at = signs.index("*") if "*" in signs else 0
-        operation = numbers[at], signs.pop(at), numbers[at + 1]
-        numbers[at : at + 2] = [_result(*operation)]
-        lines += _easier(*operation) if habits.splits else [_line(*operation)]
+        a, b, sign = numbers[at], numbers[at + 1], signs.pop(at)
+        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        steps = _split(a, b) if sign == "*" and habits.splits else []
+        lines.append(" = ".join([f"{a} {sign} {b}", *steps, str(result)]))
+        numbers[at : at + 2] = [result]
+    (result,) = numbers
     if habits.in_one_go:
-        lines = [f"{expression} = {numbers[0]}"]
-    return "".join(f"{line}\n" for line in lines) + f"</think>\n<answer>{numbers[0]}</answer>"
+        lines = [f"{expression} = {result}"]
+    return "".join(f"{line}\n" for line in lines) + f"</think>\n<answer>{result}</answer>"
 
 
-def _result(a: int, sign: str, b: int) -> int:
-    return {"+": a + b, "-": a - b, "*": a * b}[sign]
-
-
-def _line(a: int, sign: str, b: int) -> str:
-    return f"{a} {sign} {b} = {_result(a, sign, b)}"
-
-
-def _easier(a: int, sign: str, b: int) -> list[str]:
-    """12 * 345 as 12 * 300, 12 * 40, 12 * 5 and their sum, term by term; one line where there is nothing to split."""
+def _split(a: int, b: int) -> list[str]:
+    """12, 345 -> ["12 * 300 + 12 * 40 + 12 * 5", "3600 + 480 + 60"]; nothing where there is nothing to split."""
     parts = [int(digit) * 10**place for place, digit in reversed(list(enumerate(reversed(str(b))))) if digit != "0"]
-    if sign != "*" or a < 10 or len(parts) < 2:
-        return [_line(a, sign, b)]
-    lines, total = [_line(a, "*", part) for part in parts], a * parts[0]
-    for part in parts[1:]:
-        lines.append(_line(total, "+", a * part))
-        total += a * part
-    return lines
+    if a < 10 or len(parts) < 2:
+        return []
+    return [" + ".join(f"{a} * {part}" for part in parts), " + ".join(str(a * part) for part in parts)]

@@ -133,21 +133,19 @@ def test_every_working_is_true_whole_and_right():
         assert false_sums(text.partition("</think>")[0])[0] == 0
         texts.append((expression, text))
     long = [(e, t) for e, t in texts if e.count(" ") > 4]
-    assert 0.02 < sum(t.startswith(f"{e} = ") for e, t in long) / len(long) < 0.2  # the habit of one in ten
+    assert 0.1 < sum(t.startswith(f"{e} = ") for e, t in long) / len(long) < 0.3  # the habit of one in five
 
 
 def test_products_come_first_and_are_split_or_known_by_heart():
     split, by_heart = Habits(in_one_go=False, splits=True), Habits(in_one_go=False, splits=False)
     end = "76 - 6175 = -6099\n</think>\n<answer>-6099</answer>"
     worked = write_working("76 - 65 * 95", split)
-    assert worked == "65 * 90 = 5850\n65 * 5 = 325\n5850 + 325 = 6175\n" + end
+    assert worked == "65 * 95 = 65 * 90 + 65 * 5 = 5850 + 325 = 6175\n" + end
     assert write_working("76 - 65 * 95", by_heart) == "65 * 95 = 6175\n" + end
     assert write_working("76 - 65 * 95", Habits(in_one_go=True, splits=True)).startswith(
         "76 - 65 * 95 = -6099\n</think>"
     )
-    long = "12 * 300 = 3600\n12 * 40 = 480\n12 * 5 = 60\n3600 + 480 = 4080\n4080 + 60 = 4140\n"
-    assert write_working("12 * 345", split).startswith(f"{long}</think>")
-    assert write_working("12 * 305", split).startswith("12 * 300 = 3600\n12 * 5 = 60\n3600 + 60 = 3660\n</think>")
+    assert write_working("12 * 305", split).startswith("12 * 305 = 12 * 300 + 12 * 5 = 3600 + 60 = 3660\n")
     for simple in ("20 * 30 = 600", "5 * 95 = 475"):  # nothing to make easier
         assert write_working(simple.partition(" =")[0], split).startswith(f"{simple}\n")
 
