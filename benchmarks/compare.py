@@ -76,7 +76,7 @@ TABLE = {"eval_solved": "solved, sampled", "eval_greedy_solved": "solved, greedy
 
 def run(variant: str, flags: str, seed: int, threads: int) -> None:
     folder = run_folder(flags, seed)
-    if finished(folder):
+    if finished(flags, seed):
         return
     command = [sys.executable, "train.py", *flags.split(), "--seed", str(seed), "--run-dir", str(folder)]
     command += ["--save-every", "0", "--log-samples", "0"]
@@ -92,9 +92,12 @@ def run_folder(flags: str, seed: int) -> Path:
     return RUNS / f"{flags.replace('--', '').replace(' ', '-')}-seed-{seed}"
 
 
-def finished(folder: Path) -> bool:
-    records = read(folder)
-    return len(records) > 1 and "eval_solved" in records[-1]  # only the last step of a sweep's run is its last line
+def finished(flags: str, seed: int) -> bool:
+    """Whether the run has its last evaluation; one that is under way may have ended with an earlier one just now."""
+    words = flags.split()
+    steps = int(words[words.index("--steps") + 1])
+    records = read(run_folder(flags, seed))
+    return bool(records) and records[-1]["step"] == steps and "eval_solved" in records[-1]
 
 
 def read(folder: Path) -> list[dict]:
@@ -108,7 +111,7 @@ def collect(sweep: str, seeds: list[int]) -> dict[str, dict[int, list[dict]]]:
     for variant, flags in SWEEPS[sweep].items():
         for seed in seeds:
             records = read(run_folder(flags, seed))
-            if records and finished(run_folder(flags, seed)):
+            if finished(flags, seed):
                 keep = [{k: short(v) for k, v in r.items() if k in ("step", *KEPT) or k in TABLE} for r in records]
                 found.setdefault(variant, {})[seed] = keep
     return found

@@ -104,10 +104,10 @@ def write_metrics(folder: Path, solved: list[float]) -> None:
 def sweep(tmp_path, monkeypatch):
     compare = load("compare")
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(compare, "SWEEPS", {"x": {"one way": "--lr 1", "another": "--lr 2"}})
-    write_metrics(compare.run_folder("--lr 1", 0), [0.1, 0.3, 0.5])
-    write_metrics(compare.run_folder("--lr 1", 1), [0.1, 0.4, 0.7])
-    write_metrics(compare.run_folder("--lr 2", 0), [0.1, 0.2, 0.2])
+    monkeypatch.setattr(compare, "SWEEPS", {"x": {"one way": "--lr 1 --steps 2", "another": "--lr 2 --steps 2"}})
+    write_metrics(compare.run_folder("--lr 1 --steps 2", 0), [0.1, 0.3, 0.5])
+    write_metrics(compare.run_folder("--lr 1 --steps 2", 1), [0.1, 0.4, 0.7])
+    write_metrics(compare.run_folder("--lr 2 --steps 2", 0), [0.1, 0.2, 0.2])
     return compare
 
 
@@ -137,7 +137,7 @@ def test_a_sweep_runs_what_is_missing_and_nothing_else(sweep, tmp_path, monkeypa
 
     def train(command, **options):
         asked.append(command)
-        write_metrics(Path(command[command.index("--run-dir") + 1]), [0.1, 0.2])
+        write_metrics(Path(command[command.index("--run-dir") + 1]), [0.1, 0.2, 0.3])
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(sweep.subprocess, "run", train)
@@ -145,6 +145,11 @@ def test_a_sweep_runs_what_is_missing_and_nothing_else(sweep, tmp_path, monkeypa
         for seed in (0, 1):
             sweep.run(variant, flags, seed, threads=1)
     assert [(c[2:4], c[c.index("--seed") + 1]) for c in asked] == [(["--lr", "2"], "1")]
+
+
+def test_a_run_that_has_evaluated_but_not_ended_is_not_in_the_table(sweep):
+    write_metrics(sweep.run_folder("--lr 2 --steps 2", 1), [0.1, 0.3])
+    assert list(sweep.collect("x", [0, 1])["another"]) == [0]
 
 
 def test_every_flag_of_every_sweep_is_one_of_trains():
