@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from activations import Trace, record
-from losses import scale_logits
+from head_logprobs import scale_logits
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from sampling import SamplingParams, filter_weights
 from tokenizer import Tokenizer

@@ -91,7 +91,7 @@ def add_lora(
         raise ValueError(f"LoRA of rank {rank} with dropout {dropout}: expected a rank of 1 or more, dropout below 1")
     if has_lora(model):
         raise ValueError("the model has adapters already; merge_lora(model) first")
-    # The head is read as a weight and never called (losses.py), so an adapter there would do nothing.
+    # The head is read as a weight and never called (head_logprobs.py), so an adapter there would do nothing.
     layers = {name: m for name, m in model.named_modules() if type(m) is Linear and name != "lm_head"}
     known = sorted({name.rpartition(".")[2] for name in layers})
     if unknown := [target for target in targets if target not in known]:

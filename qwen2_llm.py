@@ -5,7 +5,7 @@
 
 Two departures from the textbook. The model runs on flat token rows [N, D], because every part but attention works a
 token at a time; who may look at whom is decided by the `attend` it is handed (attention.py). And logits are not the
-natural output: training asks for `hidden_states` and goes through the LM head in chunks (losses.py).
+natural output: training asks for `hidden_states` and goes through the LM head in chunks (head_logprobs.py).
 
 Parameter names are those of the released checkpoints, so loading is `load_state_dict` and saving gives a folder that
 transformers reads. The same lines read Llama 3 (no q/k/v bias, llama3 RoPE scaling) and Qwen3 (norms on q and k).

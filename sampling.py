@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses import scale_logits
+from head_logprobs import scale_logits
 
 ROWS_AT_A_TIME = 8  # on a CPU: 5 MB of probabilities for 151,936 ids. From 8 MiB on, malloc maps fresh pages each time
 

@@ -147,10 +147,12 @@ def test_every_reference_to_code_leads_to_it(page):
 
 def test_a_reference_to_nothing_is_an_error():
     find_line = hooks().find_line
-    source = (ROOT / "losses.py").read_text(encoding="utf-8").splitlines()
-    assert source[find_line("losses.py", "policy_loss") - 1].startswith("def policy_loss(")
-    assert "def forward" in source[find_line("losses.py", "_TokenLogprobs.forward") - 1]
-    assert "delta" in source[find_line("losses.py", "PolicyInputs.delta") - 1]
+    losses, head = (
+        (ROOT / name).read_text(encoding="utf-8").splitlines() for name in ("losses.py", "head_logprobs.py")
+    )
+    assert losses[find_line("losses.py", "policy_loss") - 1].startswith("def policy_loss(")
+    assert "def forward" in head[find_line("head_logprobs.py", "_TokenLogprobs.forward") - 1]
+    assert "delta" in losses[find_line("losses.py", "PolicyInputs.delta") - 1]
     with pytest.raises(ValueError, match=r"losses\.py defines no 'policy_los'"):
         find_line("losses.py", "policy_los")
 
