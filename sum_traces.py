@@ -1,14 +1,17 @@
 """Worked examples for a warm start: an arithmetic question, products before sums, one operation a line.
 
-    65 * 95 = 65 * 90 + 65 * 5 = 5850 + 325 = 6175
+    65 * 95 = 65 * 90 + 65 * 5
+    65 * 90 = 60 * 90 + 5 * 90 = 5400 + 450 = 5850
+    65 * 5 = 60 * 5 + 5 * 5 = 300 + 25 = 325
+    65 * 95 = 5850 + 325 = 6175
     76 - 6175 = -6099
     </think>
     <answer>-6099</answer>
 
 Every equality is true. As with the searches of search_traces.py the habits are drawn anew for every trace and stand
-nowhere in the text: some split a product of large numbers as above, some know it by heart, some write down the whole
-question and its result. A model that imitates the mix has all of these habits; which of them come out right with its
-own arithmetic is what reinforcement learning finds out.
+nowhere in the text: most put a product of large numbers together from products of digits as above, some know it by
+heart, some write down the whole question and its result. A model that imitates the mix has all of these habits; which
+of them come out right with its own arithmetic is what reinforcement learning finds out.
 
     rng = random.Random(0)
     text = write_working("76 - 65 * 95", draw_habits(rng))
@@ -25,12 +28,12 @@ class Habits:
     """How one question is worked out."""
 
     in_one_go: bool  # the question and its result, nothing between
-    splits: bool  # a product of two numbers above 9 becomes a sum of easier ones
+    splits: bool  # a product of two numbers above 9 is put together from products of their digits
 
 
 def draw_habits(rng: random.Random) -> Habits:
-    """One in five guesses at once; of the others half split products."""
-    return Habits(in_one_go=rng.random() < 0.2, splits=rng.random() < 0.5)
+    """One in ten guesses at once; of the others three in four split products."""
+    return Habits(in_one_go=rng.random() < 0.1, splits=rng.random() < 0.75)
 
 
 def write_working(expression: str, habits: Habits) -> str:
@@ -48,8 +51,8 @@ def write_working(expression: str, habits: Habits) -> str:
         at = signs.index("*") if "*" in signs else 0
         a, b, sign = numbers[at], numbers[at + 1], signs.pop(at)
         result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        steps = _split(a, b) if sign == "*" and habits.splits else []
-        lines.append(" = ".join([f"{a} {sign} {b}", *steps, str(result)]))
+        splits = sign == "*" and habits.splits and min(a, b) > 9
+        lines += _multiply(a, b) if splits else [f"{a} {sign} {b} = {result}"]
         numbers[at : at + 2] = [result]
     (result,) = numbers
     if habits.in_one_go:
@@ -57,9 +60,28 @@ def write_working(expression: str, habits: Habits) -> str:
     return "".join(f"{line}\n" for line in lines) + f"</think>\n<answer>{result}</answer>"
 
 
-def _split(a: int, b: int) -> list[str]:
-    """12, 345 -> ["12 * 300 + 12 * 40 + 12 * 5", "3600 + 480 + 60"]; nothing where there is nothing to split."""
-    parts = [int(digit) * 10**place for place, digit in reversed(list(enumerate(reversed(str(b))))) if digit != "0"]
-    if a < 10 or len(parts) < 2:
-        return []
-    return [" + ".join(f"{a} * {part}" for part in parts), " + ".join(str(a * part) for part in parts)]
+def _multiply(a: int, b: int) -> list[str]:
+    """Lines that end in `a * b` = its value: b by its digits, and each of these products by the digits of a."""
+    places = _places(b)
+    rows = [_multiply_by_digit(a, place) for place in places]
+    if len(places) == 1:
+        return rows
+    parts = " + ".join(f"{a} * {place}" for place in places)
+    sums = " + ".join(str(a * place) for place in places)
+    return [f"{a} * {b} = {parts}", *rows, f"{a} * {b} = {sums} = {a * b}"]
+
+
+def _multiply_by_digit(a: int, b: int) -> str:
+    """65, 90 -> "65 * 90 = 60 * 90 + 5 * 90 = 5400 + 450 = 5850". Numbers above 99 stay whole: lines would be long."""
+    places = _places(a)
+    if a > 99 or len(places) == 1:
+        return f"{a} * {b} = {a * b}"
+    parts = " + ".join(f"{place} * {b}" for place in places)
+    sums = " + ".join(str(place * b) for place in places)
+    return f"{a} * {b} = {parts} = {sums} = {a * b}"
+
+
+def _places(number: int) -> list[int]:
+    """305 -> [300, 5]."""
+    digits = str(number)
+    return [int(digit) * 10 ** (len(digits) - 1 - i) for i, digit in enumerate(digits) if digit != "0"]

@@ -133,21 +133,37 @@ def test_every_working_is_true_whole_and_right():
         assert false_sums(text.partition("</think>")[0])[0] == 0
         texts.append((expression, text))
     long = [(e, t) for e, t in texts if e.count(" ") > 4]
-    assert 0.1 < sum(t.startswith(f"{e} = ") for e, t in long) / len(long) < 0.3  # the habit of one in five
+    assert 0.03 < sum(t.startswith(f"{e} = ") for e, t in long) / len(long) < 0.2  # the habit of one in ten
 
 
-def test_products_come_first_and_are_split_or_known_by_heart():
-    split, by_heart = Habits(in_one_go=False, splits=True), Habits(in_one_go=False, splits=False)
+def test_products_come_first_and_are_put_together_from_digits_or_known_by_heart():
+    digits, by_heart = Habits(in_one_go=False, splits=True), Habits(in_one_go=False, splits=False)
     end = "76 - 6175 = -6099\n</think>\n<answer>-6099</answer>"
-    worked = write_working("76 - 65 * 95", split)
-    assert worked == "65 * 95 = 65 * 90 + 65 * 5 = 5850 + 325 = 6175\n" + end
+    product = [
+        "65 * 95 = 65 * 90 + 65 * 5",
+        "65 * 90 = 60 * 90 + 5 * 90 = 5400 + 450 = 5850",
+        "65 * 5 = 60 * 5 + 5 * 5 = 300 + 25 = 325",
+        "65 * 95 = 5850 + 325 = 6175",
+    ]
+    assert write_working("76 - 65 * 95", digits).splitlines() == [*product, *end.splitlines()]
     assert write_working("76 - 65 * 95", by_heart) == "65 * 95 = 6175\n" + end
-    assert write_working("76 - 65 * 95", Habits(in_one_go=True, splits=True)).startswith(
-        "76 - 65 * 95 = -6099\n</think>"
-    )
-    assert write_working("12 * 305", split).startswith("12 * 305 = 12 * 300 + 12 * 5 = 3600 + 60 = 3660\n")
-    for simple in ("20 * 30 = 600", "5 * 95 = 475"):  # nothing to make easier
-        assert write_working(simple.partition(" =")[0], split).startswith(f"{simple}\n")
+    in_one_go = write_working("76 - 65 * 95", Habits(in_one_go=True, splits=True))
+    assert in_one_go.startswith("76 - 65 * 95 = -6099\n</think>")
+
+
+@pytest.mark.parametrize(
+    ("question", "lines"),
+    [
+        ("20 * 30", ["20 * 30 = 600"]),  # nothing to make easier
+        ("5 * 95", ["5 * 95 = 475"]),
+        ("12 * 30", ["12 * 30 = 10 * 30 + 2 * 30 = 300 + 60 = 360"]),
+        ("30 * 12", ["30 * 12 = 30 * 10 + 30 * 2", "30 * 10 = 300", "30 * 2 = 60", "30 * 12 = 300 + 60 = 360"]),
+        ("123 * 40", ["123 * 40 = 4920"]),  # a number above 99 stays whole
+    ],
+)
+def test_only_what_is_hard_is_split(question, lines):
+    working = write_working(question, Habits(in_one_go=False, splits=True))
+    assert working.partition("\n</think>")[0].splitlines() == lines
 
 
 def test_a_question_that_cannot_be_worked_out_is_refused(tokenizer):
