@@ -77,8 +77,9 @@ class Options:
     """Tokens an optimizer step; small batches stay in the cache and are twice as fast on a CPU."""
     lr: float | None = None
     """Highest learning rate, cosine to 0 after a short warm-up; None: 3e-3 or 1e-5."""
-    room: int = 172
-    """Longest response, in tokens, its stop token included: less than the cap of the run that follows."""
+    room: int | None = None
+    """Longest response, in tokens, its stop token included: less than the cap of the run that follows; None: 172, or
+    256 for arithmetic, whose longest working has a size of its own."""
     task: Literal["countdown", "arithmetic"] = "countdown"
     """What the examples are of."""
     numbers: tuple[int, ...] = (3, 4)
@@ -103,6 +104,7 @@ class Options:
     def __post_init__(self):
         self.tokens = self.tokens or (300_000 if self.ckpt else 12_000_000)
         self.lr = self.lr or (1e-5 if self.ckpt else 3e-3)
+        self.room = self.room or (256 if self.task == "arithmetic" else 172)
 
 
 # --- the tokenizer and the fresh model

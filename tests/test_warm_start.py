@@ -166,6 +166,13 @@ def test_only_what_is_hard_is_split(question, lines):
     assert working.partition("\n</think>")[0].splitlines() == lines
 
 
+def test_the_default_room_holds_the_longest_working_of_the_default_questions(tokenizer):
+    longest = write_working("99 * 98 * 97", Habits(in_one_go=False, splits=True))
+    assert 172 < len(tokenizer.encode(longest)) < Options(task="arithmetic").room
+    assert Options(task="arithmetic", room=20).room == 20
+    assert Options().room == 172
+
+
 def test_a_question_that_cannot_be_worked_out_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"for \+ - \* only"):
         write_working("7 / 2", Habits(in_one_go=False, splits=False))
