@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -259,3 +260,33 @@ def test_the_figure_of_optimal_transport_is_what_the_page_says(tmp_path):
     torch.testing.assert_close(mine, losses.transport_cost(new, old, window=6, iterations=200), rtol=1e-4, atol=1e-5)
     illustrations.draw(c, tmp_path / "images" / "figure.png")
     assert (tmp_path / "images" / "figure.png").stat().st_size > 10_000
+
+
+def test_workings_are_told_apart_and_counted(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("workings", ROOT / "docs" / "workings.py")
+    workings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(workings)
+    answers = [
+        (1, "12 + 34 - 5", "12 + 34 = 46\n46 - 5 = 41", 1.0),
+        (1, "7 * 12", "7 * 12 = 7 * 10 + 7 * 2 = 84", 1.0),  # not a large one
+        (9, "5 + 65 * 95", "65 * 95 = 6175\n5 + 6175 = 6180", 1.0),
+        (9, "5 + 65 * 95", "5 + 65 * 95 = 6180", 0.0),
+        (10, "65 * 90", "65 * 90 = 60 * 90 + 5 * 90 = 5850", 1.0),
+        (11, "65 * 90", "65 * 90 = 60 * 90 + 5 * 90 = 5900", 0.0),
+    ]
+    lines = [
+        {
+            "step": step,
+            "prompt": f"<x>What is {q}? Show it",
+            "response": r,
+            "reward_parts": {"format": 1.0, "answer": a},
+        }
+        for step, q, r, a in answers
+    ]
+    samples, kept = tmp_path / "samples.jsonl", tmp_path / "kept.jsonl"
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wanted = "| 1 to 10 | 1.00 of 2 | 1.00 of 1 | 0.50 of 2 |\n| 11 to 20 |  | 0.00 of 1 |  |\n"
+    for arguments in ([samples, "--keep", kept], [kept]):
+        monkeypatch.setattr("sys.argv", ["workings.py", *map(str, arguments)])
+        workings.main()
+        assert capsys.readouterr().out.endswith(wanted)

@@ -1,0 +1,65 @@
+"""What an arithmetic run does with products of two numbers above 9, and how often that comes out right.
+
+    python docs/workings.py runs/digits-0/samples.jsonl              # every ten steps, a line of a table
+    python docs/workings.py docs/results/digits-qwen2.5-coder-0.5b/seed-0-answers.jsonl
+
+The first file is a run's own; with `--keep FILE` its questions and answers go to a small one like the second. An answer
+is `by digits` where something is said to equal further products (`65 * 90 = 60 * 90 + 5 * 90`), else `by heart`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+KINDS = ("no large product", "large product by digits", "large product by heart")
+
+
+def short(record: dict) -> dict:
+    """A line of samples.jsonl, or of a file that was kept, as question, answer, and whether it is right."""
+    if "question" in record:
+        return record
+    question = re.search(r"What is ([\d+\-* ]+)\?", record["prompt"]).group(1)
+    solved = record["reward_parts"]["answer"] == 1
+    return {"step": record["step"], "question": question, "response": record["response"], "solved": solved}
+
+
+def kind(question: str, response: str) -> str:
+    """Which of KINDS an answer is."""
+    terms = question.split()
+    products = [(terms[i - 1], terms[i + 1]) for i, term in enumerate(terms) if term == "*"]
+    if not any(min(int(a), int(b)) > 9 for a, b in products):
+        return KINDS[0]
+    return KINDS[1] if re.search(r"=[^=\n]*\*", response) else KINDS[2]
+
+
+def table(records: list[dict], every: int) -> list[str]:
+    """Lines of a Markdown table: for each span of steps and kind, the solved answers and how many there are."""
+    cells = defaultdict(list)
+    for record in map(short, records):
+        cells[(record["step"] - 1) // every, kind(record["question"], record["response"])].append(record["solved"])
+    lines = ["| steps | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for span in sorted({span for span, _ in cells}):
+        found = [cells[span, name] for name in KINDS]
+        rates = [f"{sum(right) / len(right):.2f} of {len(right)}" if right else "" for right in found]
+        lines.append(f"| {span * every + 1} to {(span + 1) * every} | " + " | ".join(rates) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", type=Path)
+    parser.add_argument("--every", type=int, default=10, help="steps a line of the table")
+    parser.add_argument("--keep", type=Path, help="write the questions and answers here")
+    options = parser.parse_args()
+    records = [short(json.loads(line)) for line in options.samples.read_text(encoding="utf-8").splitlines()]
+    if options.keep:
+        options.keep.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    print("\n".join(table(records, options.every)))
+
+
+if __name__ == "__main__":
+    main()
