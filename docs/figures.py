@@ -74,9 +74,9 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
             axis.plot(steps, values, marker="o" if evaluation else None, markersize=3, label=label)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=9)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
 
 
