@@ -331,6 +331,9 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     task = make_task(options)
     out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder to write to")
+    out.mkdir(parents=True, exist_ok=True)  # what can not be written shows now, not after the training
     if options.ckpt:
         folder = locate_pretrained(options.ckpt)
         tokenizer = Tokenizer.from_pretrained(folder)
@@ -352,6 +355,6 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -136,6 +136,20 @@ def test_every_working_is_true_whole_and_right():
     assert 0.03 < sum(t.startswith(f"{e} = ") for e, t in long) / len(long) < 0.2  # the habit of one in ten
 
 
+def test_three_in_four_split_products_and_one_in_ten_guesses():
+    rng = random.Random(0)
+    habits = [draw_habits(rng) for _ in range(2000)]
+    assert 0.70 < sum(h.splits for h in habits) / 2000 < 0.80
+    assert 0.08 < sum(h.in_one_go for h in habits) / 2000 < 0.12
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_any_training(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match="taken is a file, expected a folder"):
+        warm_start.main(Options(out=str(tmp_path / "taken"), ckpt="countdown-tiny", tokens=100))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_products_come_first_and_are_put_together_from_digits_or_known_by_heart():
     digits, by_heart = Habits(in_one_go=False, splits=True), Habits(in_one_go=False, splits=False)
     end = "76 - 6175 = -6099\n</think>\n<answer>-6099</answer>"
