@@ -20,6 +20,7 @@ of them come out right with its own arithmetic is what reinforcement learning fi
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -66,9 +67,8 @@ def _multiply(a: int, b: int) -> list[str]:
     rows = [_multiply_by_digit(a, place) for place in places]
     if len(places) == 1:
         return rows
-    parts = " + ".join(f"{a} * {place}" for place in places)
-    sums = " + ".join(str(a * place) for place in places)
-    return [f"{a} * {b} = {parts}", *rows, f"{a} * {b} = {sums} = {a * b}"]
+    parts, values = _sums((a, place) for place in places)
+    return [f"{a} * {b} = {parts}", *rows, f"{a} * {b} = {values} = {a * b}"]
 
 
 def _multiply_by_digit(a: int, b: int) -> str:
@@ -76,9 +76,14 @@ def _multiply_by_digit(a: int, b: int) -> str:
     places = _places(a)
     if a > 99 or len(places) == 1:
         return f"{a} * {b} = {a * b}"
-    parts = " + ".join(f"{place} * {b}" for place in places)
-    sums = " + ".join(str(place * b) for place in places)
-    return f"{a} * {b} = {parts} = {sums} = {a * b}"
+    parts, values = _sums((place, b) for place in places)
+    return f"{a} * {b} = {parts} = {values} = {a * b}"
+
+
+def _sums(products: Iterable[tuple[int, int]]) -> tuple[str, str]:
+    """(60, 90), (5, 90) -> "60 * 90 + 5 * 90" and "5400 + 450"."""
+    pairs = list(products)
+    return " + ".join(f"{x} * {y}" for x, y in pairs), " + ".join(str(x * y) for x, y in pairs)
 
 
 def _places(number: int) -> list[int]:
