@@ -11,7 +11,9 @@ are imperfect on purpose: what is learnt here is the form, honest arithmetic and
 solve problems is what GRPO finds out (train.py).
 
 The loss is the mean over response tokens, the stop token included; the prompt is read and not learnt. Texts lie end to
-end without padding. The same options and seed give the same weights on the same machine with the same thread count.
+end without padding. Where prompts are longer than traces, `--traces-per-problem` writes several under each, which is
+read once for all of them. The same options and seed give the same weights on the same machine with the same thread
+count.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import tyro
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from attention import Layout, PackedAttention
+from attention import Layout, PackedAttention, Run
 from data_types import Problem
 from generation import SamplingParams, generate
 from linear import gradients_in_place, return_free_memory
@@ -77,6 +79,8 @@ class Options:
     """Tokens an optimizer step; small batches stay in the cache and are twice as fast on a CPU."""
     lr: float | None = None
     """Highest learning rate, cosine to 0 after a short warm-up; None: 3e-3 or 1e-5."""
+    traces_per_problem: int = 1
+    """Traces under each prompt, with habits of their own; the prompt is computed and counted once."""
     room: int | None = None
     """Longest response, in tokens, its stop token included: less than the cap of the run that follows; None: 172, or
     256 for arithmetic, whose longest working has a size of its own."""
@@ -185,13 +189,13 @@ def tokenizer_texts(task: Task, seed: int, n: int = 5000) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the response to learn, its stop token included."""
+    """A prompt and the responses to learn, their stop tokens included."""
 
     prompt_ids: list[int]
-    response_ids: list[int]
+    responses: list[list[int]]
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+        return len(self.prompt_ids) + sum(map(len, self.responses))
 
 
 def trace(task: Task, problem: Problem, rng: random.Random, room: int, count_tokens: Callable[[str], int]) -> str:
@@ -207,18 +211,18 @@ def trace(task: Task, problem: Problem, rng: random.Random, room: int, count_tok
 
 
 def examples(task: Task, tokenizer: Tokenizer, options: Options) -> Iterator[Example]:
-    """An endless stream of training problems, each with one trace."""
+    """An endless stream of training problems, each with its traces."""
     stop = tokenizer.encode(tokenizer.special_tokens["eos_token"])
     rng = random.Random(f"traces {options.seed}")
     index = 0
     while True:
         problem = task.train_problem(index)
-        yield make_example(task, tokenizer, problem, rng, options.room, stop)
+        yield make_example(task, tokenizer, problem, rng, options, stop)
         index += 1
 
 
 def make_example(
-    task: Task, tokenizer: Tokenizer, problem: Problem, rng: random.Random, room: int, stop: list[int]
+    task: Task, tokenizer: Tokenizer, problem: Problem, rng: random.Random, options: Options, stop: list[int]
 ) -> Example:
     prompt = tokenizer.render_chat(task.prompt(problem)) + problem.response_prefix
     opening = "" if prompt.endswith("\n") else "\n"
@@ -226,8 +230,8 @@ def make_example(
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(opening + text)) + len(stop)
 
-    text = trace(task, problem, rng, room, count_tokens)
-    return Example(tokenizer.encode(prompt), tokenizer.encode(opening + text) + stop)
+    texts = [trace(task, problem, rng, options.room, count_tokens) for _ in range(options.traces_per_problem)]
+    return Example(tokenizer.encode(prompt), [tokenizer.encode(opening + text) + stop for text in texts])
 
 
 def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Example]]:
@@ -245,13 +249,25 @@ def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Examp
 
 
 def response_loss(model: Qwen2ForCausalLM, batch: list[Example]) -> Tensor:
-    """Mean cross-entropy of the response tokens, in nats."""
-    layout = Layout.causal([len(example) for example in batch])
-    ids = torch.tensor([i for e in batch for i in e.prompt_ids + e.response_ids], device=model.device)
-    learnt = torch.tensor([flag for e in batch for flag in [False] * len(e.prompt_ids) + [True] * len(e.response_ids)])
-    rows = learnt.nonzero()[:, 0].to(model.device)
+    """Mean cross-entropy of the response tokens, in nats.
+
+    The first response goes on from its prompt; its siblings lie behind it, and see the prompt and not each other.
+    """
+    ids, targets, rows, runs = [], [], [], []
+    for example in batch:
+        start, n_prompt = len(ids), len(example.prompt_ids)
+        ids += example.prompt_ids
+        for response in example.responses:
+            at = len(ids)
+            first = at == start + n_prompt
+            runs.append(Run(start, n_prompt + len(response)) if first else Run(at, len(response), start, n_prompt))
+            rows += [start + n_prompt - 1, *range(at, at + len(response) - 1)]  # token t from the row of t - 1
+            targets += response
+            ids += response
+    layout = Layout(runs)
+    ids, targets, rows = (torch.tensor(numbers, device=model.device) for numbers in (ids, targets, rows))
     hidden = model.hidden_states(ids, layout.positions(model.device), PackedAttention(layout))
-    logp, _ = token_logprobs(hidden[rows - 1], model.head_weight, ids[rows])  # token t from the row of t - 1
+    logp, _ = token_logprobs(hidden[rows], model.head_weight, targets)
     return -logp.mean()
 
 
@@ -330,6 +346,8 @@ def make_task(options: Options) -> Task:
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     task = make_task(options)
+    if options.traces_per_problem < 1:
+        raise ValueError(f"--traces-per-problem {options.traces_per_problem}, expected 1 or more")
     out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder to write to")

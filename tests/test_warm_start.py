@@ -236,26 +236,37 @@ def tiny(tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM.from_config(warm_start.tiny_config(tokenizer), seed=1)
 
 
-def test_the_loss_is_the_cross_entropy_of_responses_and_their_stop_token(tokenizer):
-    """CHECKLIST 8: the stop token is learnt; the prompt is not."""
+@pytest.mark.parametrize("traces_per_problem", [1, 3])
+def test_the_loss_is_the_cross_entropy_of_responses_and_their_stop_token(traces_per_problem, tokenizer):
+    """CHECKLIST 8: the stop token is learnt; the prompt is not. Traces that share a prompt do not see each other."""
     model = tiny(tokenizer)
-    stream = warm_start.examples(TASK, tokenizer, Options())
+    stream = warm_start.examples(TASK, tokenizer, Options(traces_per_problem=traces_per_problem))
     batch = list(itertools.islice(stream, 5))
-    assert all(example.response_ids[-1] == tokenizer.encode("<|im_end|>")[0] for example in batch)
+    responses = [(example.prompt_ids, response) for example in batch for response in example.responses]
+    assert len(responses) == 5 * traces_per_problem
+    assert all(response[-1] == tokenizer.encode("<|im_end|>")[0] for _, response in responses)
     total, count = torch.zeros(()), 0
-    for example in batch:  # one at a time, from whole logits
-        ids = torch.tensor([example.prompt_ids + example.response_ids])
-        logits = model(ids)[0, len(example.prompt_ids) - 1 : -1]
-        total = total + F.cross_entropy(logits, torch.tensor(example.response_ids), reduction="sum")
-        count += len(example.response_ids)
+    for prompt, response in responses:  # one at a time, from whole logits
+        logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        total = total + F.cross_entropy(logits, torch.tensor(response), reduction="sum")
+        count += len(response)
     torch.testing.assert_close(warm_start.response_loss(model, batch), total / count)
+
+
+def test_a_problem_has_as_many_traces_as_asked_and_its_prompt_counts_once(tokenizer):
+    example = next(warm_start.examples(TASK, tokenizer, Options(traces_per_problem=8)))
+    assert len(set(map(tuple, example.responses))) > 4  # each has habits of its own
+    assert len(example) == len(example.prompt_ids) + sum(map(len, example.responses))
+    assert len(example.responses) == 8
+    with pytest.raises(ValueError, match="--traces-per-problem 0, expected 1 or more"):
+        warm_start.main(Options(traces_per_problem=0))
 
 
 def test_examples_stay_within_the_room_and_are_training_problems(tokenizer):
     stream = warm_start.examples(TASK, tokenizer, Options(room=100))
     for index, example in enumerate(itertools.islice(stream, 100)):
         problem = TASK.train_problem(index)
-        assert len(example.response_ids) <= 100
+        assert len(example.responses[0]) <= 100
         prompt = tokenizer.render_chat(TASK.prompt(problem)) + problem.response_prefix
         assert example.prompt_ids == tokenizer.encode(prompt)
 
@@ -264,13 +275,13 @@ def test_the_full_prompt_style_gets_a_line_break_before_the_trace(tokenizer):
     task = CountdownTask(numbers=(3,), max_number=25, prompt_style="full")
     example = next(warm_start.examples(task, tokenizer, Options(room=184)))
     assert tokenizer.decode(example.prompt_ids).endswith("<think>")
-    text = tokenizer.decode(example.response_ids)
+    text = tokenizer.decode(example.responses[0])
     assert text[0] == "\n"
     assert text[1].isdigit()
 
 
 def test_batches_lose_no_example():
-    stream = [warm_start.Example([0] * 3, [0] * n) for n in (4, 5, 6, 7, 8)]
+    stream = [warm_start.Example([0] * 3, [[0] * n]) for n in (4, 5, 6, 7, 8)]
     found = list(warm_start.batches(iter(stream), batch_tokens=10))
     assert [len(batch) for batch in found] == [2, 2, 1]
     assert [example for batch in found for example in batch] == stream
