@@ -27,8 +27,7 @@ from data_types import Message
 from decoding import prefill_prompts
 from flags import parse_flags
 from generation import check_room, uniform_numbers
-from grpo import load_policy
-from pretrained import locate_pretrained
+from pretrained import load_policy, locate_pretrained
 from qwen2_llm import Qwen2ForCausalLM
 from sampling import SamplingParams, sample
 from task_base import RESPONSE_PREFIXES

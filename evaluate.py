@@ -32,9 +32,9 @@ from config import Config, parse_args
 from data_types import Episode, MiniBatch
 from flags import take_flag
 from generation import SamplingParams
-from grpo import load_policy, reward_metrics, rollout
+from grpo import reward_metrics, rollout
 from math_task import task_from_config
-from pretrained import locate_pretrained
+from pretrained import load_policy, locate_pretrained
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95%
 

@@ -30,7 +30,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,8 +46,8 @@ from math_task import QuestionTask, Task, task_from_config
 from objective import Objective
 from optimizer import MemoryEfficientAdamW, learning_rate
 from packing import MicroBatch, Scores, Step
-from pretrained import load_pretrained, locate_pretrained
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from pretrained import load_policy, locate_pretrained
+from qwen2_llm import Qwen2ForCausalLM
 from scoring import response_states, score, score_episodes, score_states, top_entropy_masks
 from shaping import drop_zero_variance, penalise_divergence, penalise_length
 from sharding import ShardedAdamW, gradient_norm, is_sharded, reduce_gradients, shard, whole
@@ -233,7 +232,7 @@ def update_policy(
     if metrics["update/skipped"]:
         cause = "no episode has a gradient"
         if not finite:
-            culprit = _culprit(
+            culprit = name_culprit(
                 model, episodes, step, lambda micro: micro_loss(o, model, reference, micro, None, StepTotals())
             )
             cause = f"loss {metrics['loss']}, gradient norm {grad_norm}: {culprit}"
@@ -271,14 +270,6 @@ def micro_loss(
         difference=(logp.detach() - micro.old_logp).abs(),
     )  # fmt: skip
     return loss
-
-
-def _culprit(model: Qwen2ForCausalLM, episodes: Sequence[Episode], step: Step, loss_of: Callable) -> str:
-    """The tensor and the episode that were not finite, whichever rank had them."""
-    if is_sharded(model):  # episodes would have to be gone through by all ranks together
-        return "where weights are sharded, the episode is not looked for"
-    said = distributed.gather_each(name_culprit(model, episodes, step, loss_of))
-    return next((sentence for sentence in said if "such episode is" in sentence), said[0])
 
 
 def _clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
@@ -471,15 +462,3 @@ class GRPO:
     def _questions(self) -> QuestionTask:
         c = self.config
         return QuestionTask(format_weight=c.format_weight, answer_weight=c.answer_weight, prompt_style=c.prompt_style)
-
-
-def load_policy(config: Config, folder: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
-    """Model and tokenizer of `folder`, on the device and in the dtype that the config asks for."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
-    if dtype is None:
-        sizes = Qwen2Config.from_pretrained(folder)
-        dtype = torch.float32 if sizes.num_hidden_layers * sizes.hidden_size**2 < 1e6 else torch.bfloat16
-    return load_pretrained(folder, dtype, device)

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+import distributed
 from data_types import Episode
 from packing import MicroBatch, Step
 from scoring import score
+from sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,22 @@ NUMBERS_ENDED_IT = 3  # the program's exit code where `Guard.gave_up`
 def name_culprit(
     model: torch.nn.Module, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
 ) -> str:
-    """Say which tensor of a refused update is not finite, and which episode made it so.
+    """Say which tensor of a refused update is not finite, and which episode made it so, whichever rank had them.
 
     Args:
         model: with the refused step's gradients, not yet scaled or cleared. They are cleared here.
         loss_of: a micro-batch's part of the loss, with its graph; each episode is gone through alone, so that this
             costs about one more update, and nothing where no update is refused.
     """
+    if is_sharded(model):  # episodes would have to be gone through by all ranks together
+        return "where weights are sharded, the episode is not looked for"
+    said = distributed.gather_each(_own_culprit(model, episodes, step, loss_of))
+    return next((sentence for sentence in said if "such episode is" in sentence), said[0])
+
+
+def _own_culprit(
+    model: torch.nn.Module, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
+) -> str:
     weights = _not_finite((name, p.detach()) for name, p in model.named_parameters())
     gradients = _not_finite((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     if weights:

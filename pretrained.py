@@ -1,4 +1,5 @@
-"""Where a checkpoint's name leads: a folder, a name under assets/ or models/, or a repo of the Hugging Face Hub.
+"""Where a checkpoint's name leads (a folder, a name under assets/ or models/, a repo of the Hugging Face Hub), and what
+is loaded from there.
 
 folder = locate_pretrained("Qwen2.5-0.5B-Instruct")       # models/Qwen2.5-0.5B-Instruct, or Qwen/... from the Hub
 model, tokenizer = load_pretrained(folder, torch.bfloat16, "cuda")
@@ -13,7 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from qwen2_llm import Qwen2ForCausalLM
+from config import Config
+from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -57,3 +59,15 @@ def load_pretrained(
             f"{model.config.vocab_size} rows; tokenizer.json belongs to another model"
         )
     return model, tokenizer
+
+
+def load_policy(config: Config, folder: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """Model and tokenizer of `folder`, on the device and in the dtype that the config asks for."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
+    if dtype is None:
+        sizes = Qwen2Config.from_pretrained(folder)
+        dtype = torch.float32 if sizes.num_hidden_layers * sizes.hidden_size**2 < 1e6 else torch.bfloat16
+    return load_pretrained(folder, dtype, device)

@@ -35,7 +35,7 @@ from closed_pipe import reader_may_go
 from config import Config, load_config
 from data_types import Episode
 from evaluate import share_interval, wilson_interval
-from grpo import load_policy
+from pretrained import load_policy
 from run_log import read_lines
 from scoring import score_episodes
 from tokenizer import Tokenizer

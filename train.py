@@ -34,11 +34,11 @@ from config import Config, config_files, new_run_dir, parse_args
 from data_types import Episode, MiniBatch, Problem
 from flags import one_line
 from generation import SamplingParams
-from grpo import GRPO, Metrics, load_policy, reward_metrics, rollout
+from grpo import GRPO, Metrics, reward_metrics, rollout
 from guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
 from lora import has_lora, load_adapters, save_adapters, trainable
 from math_task import task_from_config
-from pretrained import locate_pretrained
+from pretrained import load_policy, locate_pretrained
 from progress import duration
 from run_log import NoLog, RunLog, read_metrics
 from sharding import is_sharded, whole, whole_optimizer

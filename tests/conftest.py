@@ -74,6 +74,14 @@ def write_tokenizer(folder: str | Path, eos_token_ids=(258, 256), chat_template:
     return folder
 
 
+def message_of(error: pytest.ExceptionInfo) -> str:
+    """The error's text, which must be one line."""
+    text = str(error.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
 @pytest.fixture(autouse=True)
 def _signal_handlers():
     """train.py takes Ctrl-C over; give it back."""

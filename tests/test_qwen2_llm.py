@@ -1,8 +1,7 @@
-"""qwen2_llm.py: parity with transformers, padding, RoPE, loading, saving, and every way a checkpoint can be broken."""
+"""qwen2_llm.py: parity with transformers, padding, RoPE, gradient checkpointing, loading, saving."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import linear
 from attention import EagerAttention, Layout, PackedAttention
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM, RMSNorm, RotaryEmbedding, apply_rope
+from qwen2_llm import Qwen2ForCausalLM, RMSNorm, RotaryEmbedding, apply_rope
 
 ROOT = Path(__file__).parents[1]
 LLAMA3 = {
@@ -51,14 +50,6 @@ def reference_model(name: str) -> transformers.PreTrainedModel:
 
 def random_ids(*shape: int, high: int = 101, seed: int = 0) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def message_of(error: pytest.ExceptionInfo) -> str:
-    """The error's text, which must be one line."""
-    text = str(error.value)
-    assert text
-    assert "\n" not in text
-    return text
 
 
 # --- parity
@@ -251,208 +242,7 @@ def test_gradient_checkpointing_changes_no_gradient(tied):
         assert gradient.abs().sum() > 0, name
 
 
-# --- config.json
-
-OLD = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
-    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
-    "rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21, "max_position_embeddings": 32768,
-    "hidden_act": "silu", "eos_token_id": 151645,
-}  # fmt: skip
-
-
-def test_old_and_new_configs_say_the_same():
-    """CHECKLIST 35. `rope_theta` or `rope_parameters`, `torch_dtype` or `dtype`."""
-    new = {k: v for k, v in OLD.items() if k not in ("rope_theta", "torch_dtype")}
-    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "dtype": "bfloat16"}
-    new |= {"layer_types": ["full_attention"] * 24, "head_dim": None}
-    a, b = Qwen2Config.from_dict(OLD), Qwen2Config.from_dict(new)
-    a.raw = b.raw = {}
-    assert a == b
-    assert (a.rope_theta, a.head_dim, a.tie_word_embeddings, a.attention_bias) == (1e6, 64, True, True)
-
-
-def test_llama3_scaling_of_old_and_new_configs_is_the_same():
-    """CHECKLIST 35."""
-    base = {**OLD, "model_type": "llama"}
-    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
-    a = Qwen2Config.from_dict({**base, "rope_theta": 1000.0, "rope_scaling": scaling})
-    b = Qwen2Config.from_dict({k: v for k, v in base.items() if k != "rope_theta"} | {"rope_parameters": LLAMA3})
-    a.raw = b.raw = {}
-    assert a == b
-    assert (a.rope_theta, a.rope_scaling["factor"], a.attention_bias) == (1000.0, 8.0, False)
-
-
-def test_absent_rope_theta_and_tying_mean_what_transformers_means():
-    """CHECKLIST 35."""
-    short = {k: v for k, v in OLD.items() if k not in ("rope_theta", "tie_word_embeddings", "rms_norm_eps")}
-    config, theirs = Qwen2Config.from_dict(short), transformers.Qwen2Config()
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert config.tie_word_embeddings == theirs.tie_word_embeddings
-    assert config.rms_norm_eps == theirs.rms_norm_eps
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "gemma"}, ["model_type", "gemma", "qwen2"]),
-        ({"model_type": None}, ["model_type"]),
-        ({"use_sliding_window": True}, ["sliding-window", "use_sliding_window"]),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn", "llama3"]),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, ["linear"]),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "None"]),
-        ({"rope_scaling": "yarn"}, ["rope_scaling", "yarn", "object"]),
-        ({"rope_parameters": ["default"]}, ["default", "object"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"hidden_size": None}, ["hidden_size"]),
-        ({"hidden_size": "896"}, ["hidden_size", "'896'"]),
-        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
-        ({"vocab_size": True}, ["vocab_size"]),
-        ({"num_key_value_heads": 3}, ["14", "3"]),
-        ({"head_dim": 63}, ["63", "even"]),
-        ({"rms_norm_eps": -1.0}, ["rms_norm_eps"]),
-        ({"rope_theta": "big"}, ["rope_theta", "big"]),
-    ],
-)
-def test_a_config_that_cannot_be_computed_is_refused_in_a_sentence(change, words, tmp_path):
-    """CHECKLIST 35. The file is named too."""
-    (tmp_path / "config.json").write_text(json.dumps(OLD | change))
-    with pytest.raises(ValueError) as error:
-        Qwen2Config.from_pretrained(tmp_path)
-    message = message_of(error)
-    assert all(word in message for word in [*words, "config.json"]), message
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
-def test_a_config_that_is_no_object_is_refused_by_name(content, tmp_path):
-    """CHECKLIST 35."""
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json") as error:
-        Qwen2Config.from_pretrained(tmp_path)
-    message_of(error)
-
-
-def test_saving_writes_back_the_keys_it_does_not_know(tmp_path):
-    """CHECKLIST 35. The dtype is the one saved now, whichever key the file had it under."""
-    raw = {**OLD, **SIZES, "eos_token_id": 7, "made_by": "someone", "dtype": "float16"}
-    for dtype in (torch.bfloat16, torch.float32):
-        written = Qwen2Config.from_dict(raw).to_dict(dtype)
-        assert (written["eos_token_id"], written["made_by"]) == (7, "someone")
-        assert {written[key] for key in ("dtype", "torch_dtype") if key in written} == {str(dtype)[6:]}
-        again = Qwen2Config.from_dict(written)
-        assert again.to_dict(dtype) == written
-
-
-# --- loading what is broken
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    make_model(make_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def split_into_shards(folder: Path) -> dict[str, str]:
-    """Turn a folder's one file into two shards and an index; returns the weight map."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, weight_map = sorted(tensors), {}
-    for number, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, folder / f"part-{number}.safetensors")
-        weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
-    write_index(folder, {"weight_map": weight_map})
-    return weight_map
-
-
-def write_index(folder: Path, content: object) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
-
-
-def refusal(folder: Path, kind: type[Exception] = ValueError) -> str:
-    with pytest.raises(kind) as error:
-        Qwen2ForCausalLM.from_pretrained(folder)
-    return message_of(error)
-
-
-def test_shards_are_read_like_one_file(saved):
-    expected = dict(Qwen2ForCausalLM.from_pretrained(saved).named_parameters())
-    expected = {name: parameter.detach().clone() for name, parameter in expected.items()}
-    split_into_shards(saved)
-    for name, parameter in Qwen2ForCausalLM.from_pretrained(saved).named_parameters():
-        assert torch.equal(parameter, expected.pop(name))
-    assert not expected
-
-
-def test_missing_files_are_named(saved):
-    """CHECKLIST 46."""
-    assert "nowhere" in refusal(saved / "nowhere", FileNotFoundError)
-    split_into_shards(saved)
-    (saved / "part-1.safetensors").unlink()
-    assert "part-1.safetensors is missing" in refusal(saved, FileNotFoundError)
-    (saved / "model.safetensors.index.json").unlink()
-    assert "neither model.safetensors nor" in refusal(saved, FileNotFoundError)
-    (saved / "config.json").unlink()
-    assert "config.json does not exist" in refusal(saved, FileNotFoundError)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
-def test_a_truncated_file_is_named(keep, saved):
-    """CHECKLIST 46."""
-    path = saved / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    message = refusal(saved)
-    assert "model.safetensors" in message
-    assert "download it again" in message
-
-
-def test_a_truncated_shard_is_named(saved):
-    """CHECKLIST 46."""
-    split_into_shards(saved)
-    path = saved / "part-1.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert "part-1.safetensors" in refusal(saved)
-
-
-def test_wrong_shapes_missing_and_foreign_tensors_are_named(saved):
-    """CHECKLIST 46."""
-    path = saved / "model.safetensors"
-    tensors = load_file(path)
-    name = "model.layers.1.self_attn.k_proj.weight"
-    save_file({**tensors, name: torch.zeros(31, 32)}, path)
-    message = refusal(saved)
-    assert name in message
-    assert "(31, 32)" in message
-    assert "(32, 32)" in message
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
-    assert f"lacks 1 tensors, the first is '{name}'" in refusal(saved)
-    save_file({**tensors, "model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)}, path)
-    assert "model.layers.2.mlp.up_proj.weight" in refusal(saved)
-
-
-def test_an_index_may_not_leave_its_folder(saved):
-    """A downloaded index must not make the loader read files elsewhere."""
-    weight_map = split_into_shards(saved)
-    for shard in ("../part-0.safetensors", str(saved / "part-0.safetensors"), "sub/part-0.safetensors"):
-        write_index(saved, {"weight_map": {**weight_map, "model.norm.weight": shard}})
-        assert repr(shard) in refusal(saved)
-
-
-@pytest.mark.parametrize("content", [[], {}, {"weight_map": 3}, {"weight_map": ["a"]}, "x", None])
-def test_a_broken_index_is_named(content, saved):
-    split_into_shards(saved)
-    write_index(saved, content)
-    assert "model.safetensors.index.json" in refusal(saved)
-
-
-def test_an_index_that_names_a_tensor_its_shard_lacks(saved):
-    weight_map = split_into_shards(saved)
-    write_index(saved, {"weight_map": {**weight_map, "lm_head.weight": "part-1.safetensors"}})
-    assert "lm_head.weight" in refusal(saved)
+# --- loading and saving
 
 
 def test_a_copy_of_the_tied_embedding_and_old_buffers_are_passed_over(tmp_path):
@@ -509,14 +299,6 @@ def test_fresh_weights_depend_on_the_seed_alone():
         assert torch.equal(parameter, b[name])
         assert parameter.ndim == 1 or not torch.equal(parameter, c[name])
     assert abs(a["model.layers.0.mlp.down_proj.weight"].std() * 48**0.5 - 0.8) < 0.05
-
-
-def test_a_config_of_a_billion_layers_is_refused_before_they_are_built():
-    raw = make_config().to_dict() | {"num_hidden_layers": 10**9}
-    with pytest.raises(
-        ValueError, match="num_hidden_layers is 1000000000, expected a positive whole number below 1000"
-    ):
-        Qwen2Config.from_dict(raw)
 
 
 def test_large_tensors_ask_for_huge_pages():
