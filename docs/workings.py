@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 KINDS = ("no large product", "large product by digits", "large product by heart")
@@ -39,7 +40,7 @@ def kind(question: str, response: str) -> str:
 def table(records: list[dict], every: int) -> list[str]:
     """Lines of a Markdown table: for each span of steps and kind, the solved answers and how many there are."""
     cells = defaultdict(list)
-    for record in map(short, records):
+    for record in records:
         cells[(record["step"] - 1) // every, kind(record["question"], record["response"])].append(record["solved"])
     lines = ["| steps | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for span in sorted({span for span, _ in cells}):
@@ -49,8 +50,9 @@ def table(records: list[dict], every: int) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def report(doc: str, short: Callable[[dict], dict], table: Callable[[list[dict], int], list[str]]) -> None:
+    """The command line: read the samples, keep them shortened where asked, print their table."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path)
     parser.add_argument("--every", type=int, default=10, help="steps a line of the table")
     parser.add_argument("--keep", type=Path, help="write the questions and answers here")
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(__doc__, short, table)

@@ -262,10 +262,14 @@ def test_the_figure_of_optimal_transport_is_what_the_page_says(tmp_path):
     assert (tmp_path / "images" / "figure.png").stat().st_size > 10_000
 
 
+def script(name: str, monkeypatch):
+    """A program of docs/ as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module(name)
+
+
 def test_workings_are_told_apart_and_counted(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("workings", ROOT / "docs" / "workings.py")
-    workings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(workings)
+    workings = script("workings", monkeypatch)
     answers = [
         (1, "12 + 34 - 5", "12 + 34 = 46\n46 - 5 = 41", 1.0),
         (1, "7 * 12", "7 * 12 = 7 * 10 + 7 * 2 = 84", 1.0),  # not a large one
@@ -288,5 +292,32 @@ def test_workings_are_told_apart_and_counted(tmp_path, monkeypatch, capsys):
     wanted = "| 1 to 10 | 1.00 of 2 | 1.00 of 1 | 0.50 of 2 |\n| 11 to 20 |  | 0.00 of 1 |  |\n"
     for arguments in ([samples, "--keep", kept], [kept]):
         monkeypatch.setattr("sys.argv", ["workings.py", *map(str, arguments)])
-        workings.main()
+        workings.report(workings.__doc__, workings.short, workings.table)
+        assert capsys.readouterr().out.endswith(wanted)
+
+
+def test_searches_are_counted(tmp_path, monkeypatch, capsys):
+    searches = script("searches", monkeypatch)
+    right = "7-5=2,2*3=6 no\n7-3=4,4*5=20 ok\n</think>\n<answer>5*(7-3)</answer>"
+    circles = "7*3=21,21+5=27 no\n7*3=21,21+5=27 no\n7/3 no\n7*3=21,21+5=27 no\n7*3=21,21-5=16"
+    claims = "7+5=12,12+3=20 ok\n</think>\n<answer>7+5+3</answer>"
+    lines = [
+        {
+            "step": step,
+            "problem": "countdown [7, 3, 5] = 20",
+            "prompt": "...",
+            "response": f"\n{text}",
+            "response_tokens": tokens,
+            "reward_parts": {"format": 1.0, "answer": solved},
+        }
+        for step, text, tokens, solved in ((1, right, 40, 1.0), (10, circles, 80, 0.0), (12, claims, 30, 0.0))
+    ]
+    samples, kept = tmp_path / "samples.jsonl", tmp_path / "kept.jsonl"
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # six attempts, two of them a second and third time; three of twelve sums are false
+    wanted = "| 1 to 10 | 0.50 of 2 | 3.0 | 0.33 | 0.25 | 0.00 | 60 |\n"
+    wanted += "| 11 to 20 | 0.00 of 1 | 1.0 | 0.00 | 0.50 | 1.00 | 30 |\n"
+    for arguments in ([samples, "--keep", kept], [kept]):
+        monkeypatch.setattr("sys.argv", ["searches.py", *map(str, arguments)])
+        searches.report(searches.__doc__, searches.short, searches.table)
         assert capsys.readouterr().out.endswith(wanted)

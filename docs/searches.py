@@ -1,0 +1,73 @@
+"""How a Countdown run searches, in the form of search_traces.py: attempts, repetitions, false sums, false claims.
+
+    python docs/searches.py runs/countdown-0/samples.jsonl              # every ten steps, a line of a table
+    python docs/searches.py docs/results/countdown-qwen2.5-coder-0.5b/seed-0-answers.jsonl
+
+The first file is a run's own; with `--keep FILE` its problems and answers go to a small one like the second. An attempt
+is a line of the thought that holds a sum; it is repeated where an earlier line of the answer is the same, and a false
+claim is an answer that says `ok` and is not right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from workings import report
+
+from expressions import false_sums
+
+COLUMNS = ("solved", "attempts an answer", "repeated", "false sums", "false claims", "tokens an answer")
+
+
+def short(record: dict) -> dict:
+    """A line of samples.jsonl as problem, answer, its tokens, and whether it is right."""
+    if "prompt" not in record:
+        return record
+    solved = record["reward_parts"]["answer"] == 1
+    kept = {name: record[name] for name in ("step", "problem", "response")}
+    return {**kept, "tokens": record["response_tokens"], "solved": solved}
+
+
+def count(record: dict) -> dict[str, float]:
+    """What one answer adds to the columns."""
+    thought = record["response"].partition("</think>")[0]
+    attempts = [line for line in thought.splitlines() if "=" in line]
+    wrong, written = false_sums(thought)
+    return {
+        "solved": record["solved"],
+        "attempts": len(attempts),
+        "repeated": len(attempts) - len(set(attempts)),
+        "wrong": wrong,
+        "written": written,
+        "false claims": " ok" in thought and not record["solved"],
+        "tokens": record["tokens"],
+    }
+
+
+def table(records: list[dict], every: int) -> list[str]:
+    """Lines of a Markdown table, one for each span of steps: rates over its answers, attempts or sums."""
+    spans = defaultdict(list)
+    for record in records:
+        spans[(record["step"] - 1) // every].append(count(record))
+    lines = ["| steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for span, answers in sorted(spans.items()):
+        total = {name: sum(answer[name] for answer in answers) for name in answers[0]}
+        cells = [
+            f"{total['solved'] / len(answers):.2f} of {len(answers)}",
+            f"{total['attempts'] / len(answers):.1f}",
+            f"{total['repeated'] / max(total['attempts'], 1):.2f}",
+            f"{total['wrong'] / max(total['written'], 1):.2f}",
+            f"{total['false claims'] / len(answers):.2f}",
+            f"{mean(answer['tokens'] for answer in answers):.0f}",
+        ]
+        lines.append(f"| {span * every + 1} to {(span + 1) * every} | " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    report(__doc__, short, table)
