@@ -15,6 +15,7 @@ from test_train import SMALL, EvenLetters, metrics_of, run
 import decoding
 import evaluate
 import grpo
+import guards
 import train
 from checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 from data_types import Episode
@@ -90,6 +91,22 @@ def test_a_log_probability_of_the_policy_is_named_with_its_episode(tiny_model, m
     diagnosis = refuse(tiny_model, episodes())
     assert "the policy's log-probability is not finite at token 0" in diagnosis
     assert "number 2 of the step" in diagnosis
+
+
+def test_whichever_rank_had_the_episode_it_is_named(tiny_model, monkeypatch):
+    """CHECKLIST 44: a rank whose episodes are all finite still says something; the other one knows better."""
+    own = dataclasses.replace(episodes()[1], advantage=math.inf)
+    elsewhere = "the entropy is not finite; the first such episode is number 7"
+    monkeypatch.setattr(guards.distributed, "gather_each", lambda said: ["the loss is not finite", elsewhere])
+    step = guards.Step([own], tiny_model.device)
+    assert guards.name_culprit(tiny_model, [own], step, loss_of=None) == elsewhere
+
+
+def test_sharded_weights_are_not_gone_through_episode_by_episode(tiny_model, monkeypatch):
+    """CHECKLIST 44: each pass needs all ranks, and they do not hold the same episodes."""
+    monkeypatch.setattr(guards, "is_sharded", lambda model: True)
+    said = guards.name_culprit(tiny_model, [], guards.Step([], tiny_model.device), loss_of=None)
+    assert said == "where weights are sharded, the episode is not looked for"
 
 
 def test_a_gradient_is_named_where_the_backward_pass_broke(tiny_model):
