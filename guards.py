@@ -57,6 +57,7 @@ def name_culprit(
 def _own_culprit(
     model: torch.nn.Module, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
 ) -> str:
+    """What this rank can say of it: from the weights, which come first, to the sum over all episodes."""
     weights = _not_finite((name, p.detach()) for name, p in model.named_parameters())
     gradients = _not_finite((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     if weights:

@@ -57,6 +57,8 @@ def report(doc: str, short: Callable[[dict], dict], table: Callable[[list[dict],
     parser.add_argument("--every", type=int, default=10, help="steps a line of the table")
     parser.add_argument("--keep", type=Path, help="write the questions and answers here")
     options = parser.parse_args()
+    if not options.samples.is_file():
+        parser.error(f"{options.samples} is no file; expected a run's samples.jsonl, or answers that were kept of it")
     records = [short(json.loads(line)) for line in options.samples.read_text(encoding="utf-8").splitlines()]
     if options.keep:
         options.keep.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

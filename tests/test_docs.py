@@ -321,3 +321,7 @@ def test_searches_are_counted(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["searches.py", *map(str, arguments)])
         searches.report(searches.__doc__, searches.short, searches.table)
         assert capsys.readouterr().out.endswith(wanted)
+    monkeypatch.setattr("sys.argv", ["searches.py", "nowhere.jsonl"])
+    with pytest.raises(SystemExit, match="2"):
+        searches.report(searches.__doc__, searches.short, searches.table)
+    assert "nowhere.jsonl is no file; expected" in capsys.readouterr().err
