@@ -11,6 +11,10 @@ closest attempt: a model that has an honest way to end needs no dishonest one. T
 purpose. How lazy and how careless is drawn anew for every trace (`Searcher`) and stands nowhere in the text, so a model
 that imitates the mix has all of these habits, and reinforcement learning has something to choose from.
 
+Attempts are drawn, or (`orderly`) only the first one is, and each of the others is the next in a fixed order, going
+round. A model that draws must remember what it tried, and greedily, where nothing is drawn, it cannot leave an attempt
+that failed; in order, the last line says what comes now.
+
     rng = random.Random(0)
     text = write_trace([7, 3, 5], 20, draw_searcher(rng), rng, room=184, count_tokens=len)
 
@@ -22,9 +26,10 @@ slipped into one had nothing true left to write: most of the false sums of an ea
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,13 +59,14 @@ class Searcher:
     patience: int  # attempts before giving up
     notice: float  # chance to see, when two numbers are left, which operation comes closest to the target
     thoughts: int  # attempts in mind of which the closest is written down; 1: a blind guess
+    orderly: bool = False  # only the first attempt is drawn; each of the others is the next one in order
 
 
-def draw_searcher(rng: random.Random) -> Searcher:
+def draw_searcher(rng: random.Random, orderly: bool = False) -> Searcher:
     """Mostly lazy and blind, sometimes stubborn, sometimes attentive."""
     patience = rng.choice((1, 1, 1, 1, 1, 2, 3, 99))
     notice = rng.choice((0.0, 0.0, 0.0, 0.5, 1.0))
-    return Searcher(patience, notice, thoughts=rng.choice((1, 1, 1, 3)))
+    return Searcher(patience, notice, rng.choice((1, 1, 1, 3)), orderly)
 
 
 def write_trace(
@@ -77,10 +83,7 @@ def write_trace(
     not hold the first attempt and its answer.
     """
     text, closest, seen = "", None, set()
-    for _ in range(MAX_DRAWS):
-        if closest and (len(seen) >= searcher.patience or closest.number == target):
-            break
-        steps = _closest_of(searcher.thoughts, numbers, target, searcher.notice, rng)
+    for steps in (_in_order if searcher.orderly else _at_random)(searcher, numbers, target, rng):
         line = ",".join(step.shown for step in steps)
         if line in seen:
             continue
@@ -91,6 +94,8 @@ def write_trace(
             break
         text, closest = longer, best
         seen.add(line)
+        if closest and (len(seen) >= searcher.patience or closest.number == target):
+            break
     if closest is None:
         raise ValueError(f"{room} tokens do not hold one attempt at {list(numbers)} = {target}; give more room")
     return text + _ending(closest, target)
@@ -105,10 +110,35 @@ def _ending(closest: Value, target: int) -> str:
     return f"{gives_up}</think>\n<answer>{closest.text.removeprefix('(').removesuffix(')')}</answer>"
 
 
-def _closest_of(n: int, numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:
-    """The closest of `n` random attempts."""
-    attempts = [_attempt(numbers, target, notice, rng) for _ in range(n)]
-    return min(attempts, key=lambda steps: _distance(steps[-1].value, target))
+def _at_random(searcher: Searcher, numbers: Sequence[int], target: int, rng: random.Random) -> Iterator[list[Step]]:
+    """Each attempt is the closest of some random ones."""
+    for _ in range(MAX_DRAWS):
+        attempts = [_attempt(numbers, target, searcher.notice, rng) for _ in range(searcher.thoughts)]
+        yield min(attempts, key=lambda steps: _distance(steps[-1].value, target))
+
+
+def _in_order(searcher: Searcher, numbers: Sequence[int], target: int, rng: random.Random) -> Iterator[list[Step]]:
+    """Every attempt once: the closest of some random ones, then those behind it, and from the first one on."""
+    attempts = list(_all_attempts([Value(n, str(n)) for n in numbers], target, searcher.notice, rng))
+    drawn = [rng.randrange(len(attempts)) for _ in range(searcher.thoughts)]
+    first = min(drawn, key=lambda at: _distance(attempts[at][-1].value, target))
+    yield from attempts[first:] + attempts[:first]
+
+
+def _all_attempts(values: list[Value], target: int, notice: float, rng: random.Random) -> Iterator[list[Step]]:
+    """Depth first: pairs as the values stand, operations in the order + - * /, dead ends now and then."""
+    for i, j in itertools.combinations(range(len(values)), 2):
+        others = [value for at, value in enumerate(values) if at not in (i, j)]
+        sums, dead_ends = _sums(*sorted((values[i], values[j]), key=lambda value: -value.number))
+        if not sums or (dead_ends and rng.random() < DEAD_ENDS):
+            yield [rng.choice(dead_ends)]
+        if sums and not others and rng.random() < notice:
+            sums = [min(sums, key=lambda step: _distance(step.value, target))]
+        for step in sums:
+            if others:
+                yield from ([step, *rest] for rest in _all_attempts([*others, step.value], target, notice, rng))
+            else:
+                yield [step]
 
 
 def _attempt(numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:

@@ -90,6 +90,8 @@ class Options:
     """Countdown: how many numbers a problem may have; repeat one to see it more often."""
     max_number: int = 25
     """Countdown: largest number of a problem."""
+    orderly: bool = False
+    """Countdown: searches go through the attempts in order from one drawn at random; without it, all are drawn."""
     num_terms: tuple[int, ...] = (2, 3)
     """Arithmetic: how many terms a question may have."""
     num_digits: tuple[int, ...] = (1, 2)
@@ -198,11 +200,18 @@ class Example:
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
 
-def trace(task: Task, problem: Problem, rng: random.Random, room: int, count_tokens: Callable[[str], int]) -> str:
+def trace(
+    task: Task,
+    problem: Problem,
+    rng: random.Random,
+    room: int,
+    count_tokens: Callable[[str], int],
+    orderly: bool = False,
+) -> str:
     """The response to learn, with habits drawn anew. Raises ValueError where `room` tokens do not hold it."""
     if isinstance(task, CountdownTask):
         numbers, target = problem.target["numbers"], problem.target["target"]
-        return write_trace(numbers, target, draw_searcher(rng), rng, room, count_tokens)
+        return write_trace(numbers, target, draw_searcher(rng, orderly), rng, room, count_tokens)
     expression = problem.messages[-1]["content"].removeprefix("What is ").partition("?")[0]
     text = write_working(expression, draw_habits(rng))
     if count_tokens(text) > room:
@@ -230,7 +239,10 @@ def make_example(
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(opening + text)) + len(stop)
 
-    texts = [trace(task, problem, rng, options.room, count_tokens) for _ in range(options.traces_per_problem)]
+    texts = [
+        trace(task, problem, rng, options.room, count_tokens, options.orderly)
+        for _ in range(options.traces_per_problem)
+    ]
     return Example(tokenizer.encode(prompt), [tokenizer.encode(opening + text) + stop for text in texts])
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import linear
+import search_traces
 import warm_start
 from expressions import evaluate_expression, false_sums
 from math_task import ArithmeticTask, CountdownTask
@@ -118,6 +119,56 @@ def test_noticing_and_thinking_find_more():
         solved[habits] = sum(" ok\n" in text for text in texts) / 400
     assert solved[0.0, 1] < 0.2 < solved[1.0, 1]
     assert solved[0.0, 5] > 0.25
+
+
+def orderly_attempts(seed: int, notice: float = 0.0, thoughts: int = 1, target: int = 97) -> list[str]:
+    """The lines of a search that tries everything; 97 is out of reach of 7, 3 and 5."""
+    searcher = Searcher(99, notice, thoughts, orderly=True)
+    trace = write_trace([7, 3, 5], target, searcher, random.Random(seed), room=5000, count_tokens=len)
+    return trace.partition("\ngive up")[0].partition("\n</think>")[0].split("\n")
+
+
+def test_an_orderly_search_makes_every_attempt_once_and_goes_round(monkeypatch):
+    monkeypatch.setattr(search_traces, "DEAD_ENDS", 0.0)
+    first = orderly_attempts(seed=0)
+    begins = set()
+    for seed in range(60):
+        attempts = orderly_attempts(seed)
+        at = first.index(attempts[0])
+        begins.add(at)
+        assert attempts == first[at:] + first[:at]  # what follows an attempt is the same in every search
+    assert len(begins) > 15
+    # 7 and 3, 7 and 5, 3 and 5; + - and * each, no quotient is whole; then what can be made with the third number
+    order = [line.partition(",")[0] for line in first]
+    assert set(order) == {"7+3=10", "7-3=4", "7*3=21", "7+5=12", "7-5=2", "7*5=35", "5+3=8", "5-3=2", "5*3=15"}
+    assert len(set(first)) == len(first)
+
+
+def test_an_orderly_search_that_notices_makes_one_attempt_with_each_first_sum(monkeypatch):
+    monkeypatch.setattr(search_traces, "DEAD_ENDS", 0.0)
+    attempts = orderly_attempts(seed=0, notice=1.0)
+    assert len(attempts) == 9
+    assert len({line.partition(",")[0] for line in attempts}) == 9
+    assert "7+3=10,10*5=50 no" in attempts  # the one of 15, 5, 50 and 2 that comes closest to 97
+
+
+def test_an_orderly_search_begins_with_the_best_of_its_thoughts():
+    begins = {thoughts: [orderly_attempts(s, thoughts=thoughts, target=20) for s in range(40)] for thoughts in (1, 60)}
+    solved_at_once = {thoughts: sum(len(lines) == 1 for lines in begins[thoughts]) for thoughts in begins}
+    assert solved_at_once[1] < 20
+    assert solved_at_once[60] > 30
+
+
+def test_an_orderly_search_is_true_runs_into_dead_ends_and_fits_its_room():
+    rng, dead_ends = random.Random(3), 0
+    for problem in TASK.problems("train", 60):
+        numbers, target = problem.target["numbers"], problem.target["target"]
+        trace = write_trace(numbers, target, Searcher(99, 0.5, 1, orderly=True), rng, 200, count_tokens=len)
+        assert len(trace) <= 200
+        assert false_sums(trace)[0] == 0
+        assert (TASK.reward(problem, trace).parts["answer"] == 1.0) == (" ok\n" in trace)
+        dead_ends += sum("=" not in line.rsplit(",", 1)[-1] for line in trace.split("\n") if line.endswith(" no"))
+    assert dead_ends > 3
 
 
 # --- arithmetic, worked out
@@ -260,6 +311,14 @@ def test_a_problem_has_as_many_traces_as_asked_and_its_prompt_counts_once(tokeni
     assert len(example.responses) == 8
     with pytest.raises(ValueError, match="--traces-per-problem 0, expected 1 or more"):
         warm_start.main(Options(traces_per_problem=0))
+
+
+@pytest.mark.parametrize("orderly", [False, True])
+def test_searches_are_orderly_where_asked(orderly, tokenizer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(warm_start, "draw_searcher", lambda *args: drawn.append(draw_searcher(*args)) or drawn[-1])
+    next(warm_start.examples(TASK, tokenizer, Options(traces_per_problem=4, orderly=orderly)))
+    assert [searcher.orderly for searcher in drawn] == [orderly] * 4
 
 
 def test_examples_stay_within_the_room_and_are_training_problems(tokenizer):
