@@ -4,12 +4,14 @@
     python docs/searches.py docs/results/countdown-qwen2.5-coder-0.5b/seed-0-answers.jsonl
 
 The first file is a run's own; with `--keep FILE` its problems and answers go to a small one like the second. An attempt
-is a line of the thought that holds a sum; it is repeated where an earlier line of the answer is the same, and a false
-claim is an answer that says `ok` and is not right.
+is a line of the thought that holds a sum; it is repeated where an earlier line of the answer is the same, it noticed
+where its last operation is the one of four that comes closest to the target, and a false claim is an answer that says
+`ok` and is not right.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,7 +23,7 @@ from workings import report
 
 from expressions import false_sums
 
-COLUMNS = ("solved", "attempts an answer", "repeated", "false sums", "false claims", "tokens an answer")
+COLUMNS = ("solved", "attempts an answer", "repeated", "noticed", "false sums", "false claims", "tokens an answer")
 
 
 def short(record: dict) -> dict:
@@ -33,15 +35,29 @@ def short(record: dict) -> dict:
     return {**kept, "tokens": record["response_tokens"], "solved": solved}
 
 
+def noticed(attempt: str, target: int) -> bool:
+    """Whether the last operation of a line, its numbers given, is one of those that come closest to `target`."""
+    sums = re.findall(r"(\d+)([-+*/])(\d+)", attempt)
+    if not sums:
+        return False
+    a, operator, b = int(sums[-1][0]), sums[-1][1], int(sums[-1][2])
+    misses = {"+": abs(a + b - target), "-": abs(a - b - target), "*": abs(a * b - target)}
+    if b and a % b == 0:
+        misses["/"] = abs(a // b - target)
+    return misses.get(operator) == min(misses.values())
+
+
 def count(record: dict) -> dict[str, float]:
     """What one answer adds to the columns."""
     thought = record["response"].partition("</think>")[0]
     attempts = [line for line in thought.splitlines() if "=" in line]
+    target = int(record["problem"].rpartition("=")[2])
     wrong, written = false_sums(thought)
     return {
         "solved": record["solved"],
         "attempts": len(attempts),
         "repeated": len(attempts) - len(set(attempts)),
+        "noticed": sum(noticed(line, target) for line in attempts),
         "wrong": wrong,
         "written": written,
         "false claims": " ok" in thought and not record["solved"],
@@ -61,6 +77,7 @@ def table(records: list[dict], every: int) -> list[str]:
             f"{total['solved'] / len(answers):.2f} of {len(answers)}",
             f"{total['attempts'] / len(answers):.1f}",
             f"{total['repeated'] / max(total['attempts'], 1):.2f}",
+            f"{total['noticed'] / max(total['attempts'], 1):.2f}",
             f"{total['wrong'] / max(total['written'], 1):.2f}",
             f"{total['false claims'] / len(answers):.2f}",
             f"{mean(answer['tokens'] for answer in answers):.0f}",
