@@ -321,6 +321,8 @@ def test_searches_are_counted(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["searches.py", *map(str, arguments)])
         searches.report(searches.__doc__, searches.short, searches.table)
         assert capsys.readouterr().out.endswith(wanted)
+    assert searches.noticed("7+5=12,12/3=4 no", target=4)
+    assert not searches.noticed("7+5=12,12-3=9 no", target=4)
     monkeypatch.setattr("sys.argv", ["searches.py", "nowhere.jsonl"])
     with pytest.raises(SystemExit, match="2"):
         searches.report(searches.__doc__, searches.short, searches.table)
