@@ -1,7 +1,7 @@
 """How a Countdown run searches, in the form of search_traces.py: attempts, repetitions, false sums, false claims.
 
     python docs/searches.py runs/countdown-0/samples.jsonl              # every ten steps, a line of a table
-    python docs/searches.py docs/results/countdown-qwen2.5-coder-0.5b/seed-0-answers.jsonl
+    python docs/searches.py docs/results/countdown-in-order-qwen2.5-coder-0.5b/seed-0-answers.jsonl
 
 The first file is a run's own; with `--keep FILE` its problems and answers go to a small one like the second. An attempt
 is a line of the thought that holds a sum; it is repeated where an earlier line of the answer is the same, it noticed

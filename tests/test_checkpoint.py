@@ -496,13 +496,17 @@ save(run, 1, 1, size)
 begin = time.perf_counter()
 save(run, 2, 2, size)
 duration = time.perf_counter() - begin
-tag = 2
-for step in range(3, 19):
+tag, step = 2, 2
+while killed < 8 and step < 60:  # what is true at every moment is looked at; how many of them hit a save is luck
+    step += 1
     trained(step, size)
     pid = child(lambda: save(run, step, step, size))
     time.sleep(rng.uniform(0, 1.1 * duration))
     os.kill(pid, signal.SIGKILL)
-    killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL:
+        killed += 1
+    else:
+        duration *= 0.9  # it was measured while the disk was busy
     found = check(run)
     assert found in (tag, step), (found, tag, step)
     tag = found
