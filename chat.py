@@ -20,17 +20,17 @@ from typing import Literal
 
 import torch
 
-from attention import KVCache
-from closed_pipe import reader_may_go
-from config import Config
 from data_types import Message
-from decoding import prefill_prompts
-from flags import parse_flags
-from generation import check_room, uniform_numbers
-from pretrained import load_policy, locate_pretrained
+from model.attention import KVCache
 from qwen2_llm import Qwen2ForCausalLM
-from sampling import SamplingParams, sample
-from task_base import RESPONSE_PREFIXES
+from rollout.decoding import prefill_prompts
+from rollout.generation import check_room, uniform_numbers
+from rollout.sampling import SamplingParams, sample
+from run.closed_pipe import reader_may_go
+from run.config import Config
+from run.flags import parse_flags
+from run.pretrained import load_policy, locate_pretrained
+from tasks.task_base import RESPONSE_PREFIXES
 from tokenizer import IncrementalDecoder, Tokenizer
 
 SMALL_VOCABULARY = 1000  # the bundled model has some 300 ids; it has read nothing but Countdown

@@ -27,14 +27,14 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from closed_pipe import ReaderMayGo, reader_may_go
-from config import Config, parse_args
 from data_types import Episode, MiniBatch
-from flags import take_flag
-from generation import SamplingParams
 from grpo import reward_metrics, rollout
 from math_task import task_from_config
-from pretrained import load_policy, locate_pretrained
+from rollout.generation import SamplingParams
+from run.closed_pipe import ReaderMayGo, reader_may_go
+from run.config import Config, parse_args
+from run.flags import take_flag
+from run.pretrained import load_policy, locate_pretrained
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95%
 

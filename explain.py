@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anatomy import FILTERS, compare, look
-from closed_pipe import ReaderMayGo, reader_may_go
-from config import BUNDLED_CKPT
-from flags import normalise, parse_flags
-from generation import SamplingParams, generate
 from math_task import CountdownTask
-from pretrained import load_pretrained, locate_pretrained
 from qwen2_llm import Qwen2ForCausalLM
+from rollout.generation import SamplingParams, generate
+from run.closed_pipe import ReaderMayGo, reader_may_go
+from run.config import BUNDLED_CKPT
+from run.flags import normalise, parse_flags
+from run.pretrained import load_pretrained, locate_pretrained
+from study.anatomy import FILTERS, compare, look
 from tokenizer import Tokenizer
 
-PAGES = Path(__file__).resolve().parent / "pages"
+PAGES = Path(__file__).resolve().parent / "study" / "pages"
 LIVE_PARAMETERS = 5_000_000  # a page with the weights of more would take a browser too long
 
 

@@ -34,25 +34,25 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-import distributed
-import losses
-from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch, Reward
-from generation import SamplingParams, generate, halve_when_out_of_memory
-from guards import Guard, name_culprit, not_finite_answer
-from linear import gradients_in_place
-from lora import adapters_off, add_lora, has_lora, trainable
 from math_task import QuestionTask, Task, task_from_config
-from objective import Objective
+from model.linear import gradients_in_place
+from model.lora import adapters_off, add_lora, has_lora, trainable
 from optimizer import MemoryEfficientAdamW, learning_rate
-from packing import MicroBatch, Scores, Step
-from pretrained import load_policy, locate_pretrained
+from parallel import distributed
+from parallel.sharding import ShardedAdamW, gradient_norm, is_sharded, reduce_gradients, shard, whole
 from qwen2_llm import Qwen2ForCausalLM
-from scoring import response_states, score, score_episodes, score_states, top_entropy_masks
-from shaping import drop_zero_variance, penalise_divergence, penalise_length
-from sharding import ShardedAdamW, gradient_norm, is_sharded, reduce_gradients, shard, whole
-from step_metrics import Metrics, StepTotals, reward_metrics
+from rollout.generation import SamplingParams, generate, halve_when_out_of_memory
+from run.config import Config, load_config, preset_for
+from run.pretrained import load_policy, locate_pretrained
 from tokenizer import Tokenizer
+from update import losses
+from update.guards import Guard, name_culprit, not_finite_answer
+from update.objective import Objective
+from update.packing import MicroBatch, Scores, Step
+from update.scoring import response_states, score, score_episodes, score_states, top_entropy_masks
+from update.shaping import drop_zero_variance, penalise_divergence, penalise_length
+from update.step_metrics import Metrics, StepTotals, reward_metrics
 
 logger = logging.getLogger(__name__)
 SPARE_PROBLEMS = 2**31  # number of the first training problem that replaces a dropped one: far from the run's own

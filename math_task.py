@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from data_types import Problem
-from dataset_tasks import Gsm8kTask, MathDataset, MathTask, ReasoningGymTask
-from expressions import ExpressionError, evaluate_expression, false_sums, plain_number
-from rewards import REWARD_PRESETS, answer_block, format_reward, soft_overlong_penalty
-from sandbox import SandboxedTask, user_task_class
-from task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, nearest, shuffled_index
-from task_files import Row, hold_out_last, read_rows
+from tasks.dataset_tasks import Gsm8kTask, MathDataset, MathTask, ReasoningGymTask
+from tasks.expressions import ExpressionError, evaluate_expression, false_sums, plain_number
+from tasks.rewards import REWARD_PRESETS, answer_block, format_reward, soft_overlong_penalty
+from tasks.sandbox import SandboxedTask, user_task_class
+from tasks.task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, nearest, shuffled_index
+from tasks.task_files import Row, hold_out_last, read_rows
 
 __all__ = [
     "REWARD_PRESETS",

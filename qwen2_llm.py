@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attend, Layout, PackedAttention
-from linear import Embedding, Linear, linear
-from qwen2_config import Qwen2Config
-from weight_files import read_safetensors
+from model.attention import Attend, Layout, PackedAttention
+from model.linear import Embedding, Linear, linear
+from model.qwen2_config import Qwen2Config
+from model.weight_files import read_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers

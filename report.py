@@ -30,17 +30,17 @@ import plotly.offline
 import torch
 import yaml
 
-from checkpoint import find_checkpoint
-from closed_pipe import reader_may_go
-from config import Config, load_config
 from data_types import Episode
 from evaluate import share_interval, wilson_interval
-from pretrained import load_policy
-from run_log import read_lines
-from scoring import score_episodes
+from run.checkpoint import find_checkpoint
+from run.closed_pipe import reader_may_go
+from run.config import Config, load_config
+from run.pretrained import load_policy
+from run.run_log import read_lines
 from tokenizer import Tokenizer
+from update.scoring import score_episodes
 
-PAGES = Path(__file__).resolve().parent / "pages"
+PAGES = Path(__file__).resolve().parent / "study" / "pages"
 GROUPS = 3  # sampled groups that are shown of the first step and of the last
 CHARTS = {  # title -> metrics; what a run did not log is left out
     "Reward": ["reward", "eval_reward", "eval_greedy_reward"],

@@ -26,8 +26,8 @@ from typing import Any
 
 import tokenizers
 
-from chat_template import ChatTemplate
 from data_types import Message
+from model.chat_template import ChatTemplate
 
 MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json in use has some 35 MB
 

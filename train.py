@@ -27,21 +27,21 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
-from closed_pipe import nobody_reads
-from config import Config, config_files, new_run_dir, parse_args
 from data_types import Episode, MiniBatch, Problem
-from flags import one_line
-from generation import SamplingParams
 from grpo import GRPO, Metrics, reward_metrics, rollout
-from guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
-from lora import has_lora, load_adapters, save_adapters, trainable
 from math_task import task_from_config
-from pretrained import load_policy, locate_pretrained
-from progress import duration
-from run_log import NoLog, RunLog, read_metrics
-from sharding import is_sharded, whole, whole_optimizer
+from model.lora import has_lora, load_adapters, save_adapters, trainable
+from parallel import distributed
+from parallel.sharding import is_sharded, whole, whole_optimizer
+from rollout.generation import SamplingParams
+from run.checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
+from run.closed_pipe import nobody_reads
+from run.config import Config, config_files, new_run_dir, parse_args
+from run.flags import one_line
+from run.pretrained import load_policy, locate_pretrained
+from run.progress import duration
+from run.run_log import NoLog, RunLog, read_metrics
+from update.guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
 
 logger = logging.getLogger("train")
 SHOWN = 8  # held-out answers of each evaluation that are kept for people

@@ -34,19 +34,19 @@ import tyro
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from attention import Layout, PackedAttention, Run
 from data_types import Problem
-from generation import SamplingParams, generate
-from linear import gradients_in_place, return_free_memory
-from losses import token_logprobs
 from math_task import ArithmeticTask, CountdownTask
+from model.attention import Layout, PackedAttention, Run
+from model.linear import gradients_in_place, return_free_memory
 from optimizer import MemoryEfficientAdamW
-from pretrained import locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
-from search_traces import draw_searcher, write_trace
-from sum_traces import draw_habits, write_working
-from task_base import Task
+from rollout.generation import SamplingParams, generate
+from run.pretrained import locate_pretrained
+from tasks.search_traces import draw_searcher, write_trace
+from tasks.sum_traces import draw_habits, write_working
+from tasks.task_base import Task
 from tokenizer import Tokenizer
+from update.losses import token_logprobs
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import common
 
-from pretrained import locate_pretrained
 from qwen2_llm import Qwen2Config
+from run.pretrained import locate_pretrained
 
 
 class Part(NamedTuple):

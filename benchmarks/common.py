@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 
-from pretrained import locate_pretrained  # noqa: E402
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from run.pretrained import locate_pretrained  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 # Speed asks for a model's shape, not for its training: vocabulary, hidden, feed-forward, layers, heads, kv heads.

@@ -22,9 +22,9 @@ import budget
 import common
 import torch
 
-import decoding
-from generation import SamplingParams, generate
-from pretrained import load_pretrained
+from rollout import decoding
+from rollout.generation import SamplingParams, generate
+from run.pretrained import load_pretrained
 
 VARIANTS = {  # name -> the arguments of generate() that differ from its defaults
     "default": {},

@@ -36,7 +36,7 @@ from random_run import QUICK, EvenLetters, write_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from checkpoint import verify_checkpoint
+from run.checkpoint import verify_checkpoint
 
 STEPS = 4
 FLAGS = [*QUICK, "--steps", str(STEPS), "--save-every", "1", "--eval-every", "2", "--dtype", "bf16"]

@@ -19,10 +19,10 @@ from pathlib import Path
 import common
 
 from data_types import Episode
-from generation import SamplingParams, generate
 from grpo import update_policy
 from optimizer import MemoryEfficientAdamW
-from pretrained import load_pretrained
+from rollout.generation import SamplingParams, generate
+from run.pretrained import load_pretrained
 
 
 def point(args: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -35,8 +35,8 @@ from pathlib import Path
 import common
 import torch
 
-from generation import SamplingParams, generate
-from pretrained import load_pretrained, locate_pretrained
+from rollout.generation import SamplingParams, generate
+from run.pretrained import load_pretrained, locate_pretrained
 
 SHAPE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

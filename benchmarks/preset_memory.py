@@ -18,9 +18,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import CONFIGS, load_config  # noqa: E402
-from lora import add_lora  # noqa: E402
+from model.lora import add_lora  # noqa: E402
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from run.config import CONFIGS, load_config  # noqa: E402
 from train import estimate_gib  # noqa: E402
 
 # The released config.json: hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied

@@ -13,7 +13,7 @@ import common
 
 from data_types import Problem, Reward
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
-from task_base import Task
+from tasks.task_base import Task
 
 VOCABULARY = 320
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -22,11 +22,11 @@ import common
 import torch
 from step import AlternatingReward
 
-import linear
 from data_types import MiniBatch
-from generation import SamplingParams
 from grpo import compute_advantages, rollout, update_policy
-from pretrained import load_pretrained
+from model import linear
+from rollout.generation import SamplingParams
+from run.pretrained import load_pretrained
 
 
 class NoStep(torch.optim.SGD):

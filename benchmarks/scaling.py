@@ -28,14 +28,14 @@ from pathlib import Path
 import common
 import torch
 
-import distributed
-from config import Config
 from data_types import MiniBatch, Reward
-from generation import generate
 from grpo import GRPO
-from pretrained import load_pretrained
-from sharding import whole
-from task_base import Task
+from parallel import distributed
+from parallel.sharding import whole
+from rollout.generation import generate
+from run.config import Config
+from run.pretrained import load_pretrained
+from tasks.task_base import Task
 
 
 class Alternating(Task):

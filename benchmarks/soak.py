@@ -27,7 +27,7 @@ import torch
 from random_run import QUICK, EvenLetters, write_checkpoint
 
 import train
-from run_log import RunLog
+from run.run_log import RunLog
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "MALLOC_ARENA_MAX")
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import common
 import torch
 
-from config import load_config, preset_for
 from data_types import MiniBatch
 from grpo import GRPO, rollout, score_episodes
+from run.config import load_config, preset_for
 
 
 def drift(trainer: GRPO, episodes: list) -> dict[str, float]:

@@ -28,11 +28,11 @@ import common
 import torch
 
 from data_types import MiniBatch, Reward
-from generation import SamplingParams
 from grpo import compute_advantages, rollout, update_policy
 from math_task import CountdownTask
 from optimizer import MemoryEfficientAdamW
-from pretrained import load_pretrained
+from rollout.generation import SamplingParams
+from run.pretrained import load_pretrained
 from tokenizer import Tokenizer
 
 LR = 1e-6

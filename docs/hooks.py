@@ -3,8 +3,8 @@
 mkdocs calls the functions `on_*` while it builds (mkdocs.yml, `hooks`).
 
 - `$...$` and `$$...$$` become MathML here, which browsers draw themselves: no script, no font, no request.
-- `losses.py:policy_loss` in backticks becomes a link to that line of a copy of the file inside the site. A name that is
-  not there fails the build: `find_line` raises, and tests/test_docs.py asks it about every page.
+- `update/losses.py:policy_loss` in backticks becomes a link to that line of a copy of the file inside the site. An
+  unknown name fails the build: `find_line` raises ValueError. tests/test_docs.py checks every page.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def find_line(file: str, name: str | None) -> int:
 
 def on_files(files, config):
     """Add a page for every Python file of the repository that a page may refer to."""
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]
+    folders = ("model", "update", "rollout", "parallel", "tasks", "run", "study", "benchmarks", "docs")
+    sources = [*ROOT.glob("*.py"), *(file for folder in folders for file in ROOT.glob(f"{folder}/*.py"))]
     for source in sorted(sources):
         name = source.relative_to(ROOT).as_posix()
         text = source.read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from workings import report
 
-from expressions import false_sums
+from tasks.expressions import false_sums
 
 COLUMNS = ("solved", "attempts an answer", "repeated", "noticed", "false sums", "false claims", "tokens an answer")
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-import losses
-from attention import EagerAttention, KVCache
 from data_types import Episode
 from grpo import compute_advantages
-from linear import Linear
-from lora import LoraLinear
+from model.attention import EagerAttention, KVCache
+from model.linear import Linear
+from model.lora import LoraLinear
 from optimizer import adamw_
 from qwen2_llm import MLP, Block, Qwen2Config, RMSNorm, RotaryEmbedding, apply_rope
-from sampling import SamplingParams, filter_weights, inverse_cdf
+from rollout.sampling import SamplingParams, filter_weights, inverse_cdf
+from update import losses
 
 # -------------------------------------------------------------------- the repository's code, called as an exercise is
 

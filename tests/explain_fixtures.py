@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import explain
-from pretrained import load_pretrained, locate_pretrained
+from run.pretrained import load_pretrained, locate_pretrained
 
 
 @pytest.fixture(scope="module")

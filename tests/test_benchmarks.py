@@ -153,7 +153,7 @@ def test_a_run_that_has_evaluated_but_not_ended_is_not_in_the_table(sweep):
 
 
 def test_every_flag_of_every_sweep_is_one_of_trains():
-    from config import parse_args
+    from run.config import parse_args
 
     for variants in load("compare").SWEEPS.values():
         for flags in variants.values():

@@ -13,8 +13,8 @@ import torch
 
 import chat
 from chat import Chat, Options, main, printable, stream, talk
-from generation import generate
-from sampling import SamplingParams
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 

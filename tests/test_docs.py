@@ -14,9 +14,9 @@ from types import ModuleType
 import pytest
 import torch
 
-import losses
-from config import CONFIGS, Config, parse_args, save_yaml
 from math_task import write_math_tasks
+from run.config import CONFIGS, Config, parse_args, save_yaml
+from update import losses
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,10 +29,10 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # What a page takes for granted before its first block.
 BEFORE = {
     "README.md": """
-from config import load_config, preset_for
+from run.config import load_config, preset_for
 from data_types import MiniBatch
 from grpo import GRPO, compute_advantages, rollout, update_policy
-from sampling import SamplingParams
+from rollout.sampling import SamplingParams
 small = GRPO()
 model, tokenizer, task, optimizer = small.model, small.tokenizer, small.task, small.optimizer
 batch = MiniBatch.from_problems(task.problems("train", 2), tokenizer)
@@ -140,7 +140,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_reference_to_code_leads_to_it(page):
-    """`losses.py:policy_loss` names something that losses.py defines."""
+    """`update/losses.py:policy_loss` names something that losses.py defines."""
     find_line = hooks().find_line
     for file, symbol in re.findall(r"`((?:\w+/)*\w+\.py):([\w.]+)`", page.read_text(encoding="utf-8")):
         assert find_line(file, symbol) > 0
@@ -149,13 +149,14 @@ def test_every_reference_to_code_leads_to_it(page):
 def test_a_reference_to_nothing_is_an_error():
     find_line = hooks().find_line
     losses, head = (
-        (ROOT / name).read_text(encoding="utf-8").splitlines() for name in ("losses.py", "head_logprobs.py")
+        (ROOT / name).read_text(encoding="utf-8").splitlines()
+        for name in ("update/losses.py", "model/head_logprobs.py")
     )
-    assert losses[find_line("losses.py", "policy_loss") - 1].startswith("def policy_loss(")
-    assert "def forward" in head[find_line("head_logprobs.py", "_TokenLogprobs.forward") - 1]
-    assert "delta" in losses[find_line("losses.py", "PolicyInputs.delta") - 1]
-    with pytest.raises(ValueError, match=r"losses\.py defines no 'policy_los'"):
-        find_line("losses.py", "policy_los")
+    assert losses[find_line("update/losses.py", "policy_loss") - 1].startswith("def policy_loss(")
+    assert "def forward" in head[find_line("model/head_logprobs.py", "_TokenLogprobs.forward") - 1]
+    assert "delta" in losses[find_line("update/losses.py", "PolicyInputs.delta") - 1]
+    with pytest.raises(ValueError, match=r"update/losses\.py defines no 'policy_los'"):
+        find_line("update/losses.py", "policy_los")
 
 
 # ------------------------------------------------------------------------------------------- the table of docs/kl.md

@@ -110,7 +110,7 @@ def test_the_readme_refers_to_code_that_is_there():
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    references = re.findall(r"`(\w+\.py):([\w.]+)`", text)
+    references = re.findall(r"`((?:\w+/)*\w+\.py):([\w.]+)`", text)
     assert len(references) == len(SOLUTIONS)
     assert all(hooks.find_line(file, name) > 0 for file, name in references)
     assert all((FOLDER / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", text))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_activations import make_model
 
-import anatomy
 import explain
-from attention import KVCache, PrefillAttention
-from generation import SamplingParams
-from pretrained import load_pretrained
+from model.attention import KVCache, PrefillAttention
+from rollout.generation import SamplingParams
+from run.pretrained import load_pretrained
+from study import anatomy
 
 pytest_plugins = ["explain_fixtures"]
 

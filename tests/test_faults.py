@@ -13,7 +13,7 @@ import pytest
 from test_train import SMALL, EvenLetters, metrics_of, run
 
 import train
-from checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
+from run.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 
 # --- disks
 
@@ -131,7 +131,7 @@ USER = """
 import os, time
 from dataclasses import dataclass
 from data_types import Problem, Reward
-from task_base import Task
+from tasks.task_base import Task
 
 @dataclass(kw_only=True)
 class Mine(Task):

@@ -11,14 +11,14 @@ from conftest import make_config, make_model
 from test_attention import LAYOUTS, G, H, K, gradients, random_qkv
 from test_generation import PROMPTS, response_ids, stopping_model
 
-import generation
-from attention import EagerAttention, PackedAttention, attend_each_run
-from decode_graph import Recorder, cuda_capture
-from flash_cpu import attend_lse
-from generation import generate
-from group_cache import _hide_behind
+from model.attention import EagerAttention, PackedAttention, attend_each_run
+from model.flash_cpu import attend_lse
 from optimizer import MemoryEfficientAdamW
-from sampling import SamplingParams
+from rollout import generation
+from rollout.decode_graph import Recorder, cuda_capture
+from rollout.generation import generate
+from rollout.group_cache import _hide_behind
+from rollout.sampling import SamplingParams
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

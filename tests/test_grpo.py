@@ -13,15 +13,15 @@ import torch
 from conftest import make_config, make_model
 
 import grpo
-from config import Config
 from data_types import Episode, MiniBatch, Problem, Reward
-from generation import SamplingParams, generate
 from grpo import GRPO, compute_advantages, rollout, score_episodes, update_policy
 from math_task import CountdownTask
 from optimizer import MemoryEfficientAdamW
-from pretrained import locate_pretrained
 from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
-from task_base import Task
+from rollout.generation import SamplingParams, generate
+from run.config import Config
+from run.pretrained import locate_pretrained
+from tasks.task_base import Task
 from tokenizer import Tokenizer
 
 VOCAB, PAD, STOP = 259, 256, 258

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_train import SMALL, refused
 
-from config import load_config
 from qwen2_llm import Qwen2ForCausalLM
-from task_files import read_rows
+from run.config import load_config
+from tasks.task_files import read_rows
 from tokenizer import Tokenizer
 
 FUZZ = settings(

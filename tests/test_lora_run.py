@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 import train
-from checkpoint import verify_checkpoint
 from qwen2_llm import Qwen2ForCausalLM
+from run.checkpoint import verify_checkpoint
 
 
 def run(ckpt, run_dir, *flags: str) -> None:

@@ -15,8 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Config
-from expressions import MAX_CHARS, MAX_DEPTH, ExpressionError, evaluate_expression, false_sums, plain_number
 from math_task import (
     ArithmeticTask,
     CountdownTask,
@@ -27,8 +25,10 @@ from math_task import (
     task_options,
     write_math_tasks,
 )
-from rewards import answer_block, format_reward
-from task_base import is_held_out
+from run.config import Config
+from tasks.expressions import MAX_CHARS, MAX_DEPTH, ExpressionError, evaluate_expression, false_sums, plain_number
+from tasks.rewards import answer_block, format_reward
+from tasks.task_base import is_held_out
 
 TASK = CountdownTask()
 PROBLEM = TASK.problem([3, 5, 2], target=13)

@@ -14,11 +14,11 @@ from conftest import make_config, make_model
 from safetensors.torch import load_file
 from test_train import SMALL, metrics_of
 
-import generation
 import grpo
 from data_types import MiniBatch
-from generation import SamplingParams, generate, halve_when_out_of_memory, is_out_of_memory
 from grpo import GRPO, compute_advantages, update_policy
+from rollout import generation
+from rollout.generation import SamplingParams, generate, halve_when_out_of_memory, is_out_of_memory
 
 CPU_ERROR = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."

@@ -15,8 +15,8 @@ import transformers
 from conftest import make_config, make_model, randomize
 from safetensors.torch import load_file, save_file
 
-import linear
-from attention import EagerAttention, Layout, PackedAttention
+from model import linear
+from model.attention import EagerAttention, Layout, PackedAttention
 from qwen2_llm import Qwen2ForCausalLM, RMSNorm, RotaryEmbedding, apply_rope
 
 ROOT = Path(__file__).parents[1]
@@ -315,7 +315,7 @@ def test_large_tensors_ask_for_huge_pages():
 def test_memory_that_was_freed_between_pieces_in_use_goes_back_to_the_system():
     """What glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
     code = """
-import linear
+from model import linear
 import torch
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from attention import EagerAttention, KVCache, Layout, PrefillAttention
-from generation import SamplingParams, generate
+from model.attention import EagerAttention, KVCache, Layout, PrefillAttention
 from qwen2_llm import Qwen2ForCausalLM
+from rollout.generation import SamplingParams, generate
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.weights

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import grpo
 import train
-from checkpoint import find_checkpoint, verify_checkpoint
 from data_types import Problem, Reward
 from qwen2_llm import Qwen2ForCausalLM
-from task_base import Task
+from run.checkpoint import find_checkpoint, verify_checkpoint
+from tasks.task_base import Task
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = ["--prompt-style", "short", "--max-new-tokens", "8", "--group-size", "4", "--prompts-per-step", "2"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import linear
-import search_traces
 import warm_start
-from expressions import evaluate_expression, false_sums
 from math_task import ArithmeticTask, CountdownTask
+from model import linear
 from qwen2_llm import Qwen2ForCausalLM
-from search_traces import LARGEST_RESULT, Searcher, draw_searcher, write_trace
-from sum_traces import Habits, draw_habits, write_working
+from tasks import search_traces
+from tasks.expressions import evaluate_expression, false_sums
+from tasks.search_traces import LARGEST_RESULT, Searcher, draw_searcher, write_trace
+from tasks.sum_traces import Habits, draw_habits, write_working
 from tokenizer import Tokenizer
 from warm_start import Options
 

@@ -1,0 +1,177 @@
+"""From the last hidden states to log-probabilities and entropies, through an LM head whose logits never exist whole.
+
+For 2,048 tokens and 151,936 ids the logits in fp32 are 1.16 GiB and their gradient as much again: they would be the
+largest tensors of a training step. `token_logprobs` goes through the head a slice of the vocabulary at a time, keeps a
+few numbers a token, and computes the slice again in the backward pass. `token_logprobs_eager` is its slow twin.
+
+    logp, entropy = token_logprobs(hidden, model.lm_head.weight, targets, temperature)
+
+Called as `losses.token_logprobs`, with the other terms of the loss.
+
+Shape letters: M loss tokens, D hidden, V vocabulary, B slices of it. All in fp32 (fp64 stays fp64).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.linear import gradient_in_place
+
+LOGITS_AT_ONCE = 2**24  # the size of a slice of logits: large enough for the matrix products, 64 MiB as fp32
+CPU_TILE = 2**18  # of these, worked on at a time on a CPU: 1 MiB of fp32 stays in a core's cache from pass to pass
+
+
+def scale_logits(logits: Tensor, temperature: float = 1.0, vocab_size: int | None = None) -> Tensor:
+    """Turn a head's logits [..., V] into those of the distribution that is sampled from: [..., vocab_size] in fp32.
+
+    The one place where this happens, in rollout and in training, so that what was sampled is what is scored. Ids from
+    `vocab_size` on (rows of the head beyond the tokenizer's vocabulary) are cut off. May return a view of its input.
+    Raises ValueError for a temperature that is not positive.
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature}, expected a positive number (greedy decoding: take the argmax)")
+    logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def token_logprobs(
+    hidden_MD: Tensor, head_weight_VD: Tensor, targets_M: Tensor, temperature: float = 1.0,
+    vocab_size: int | None = None, chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probability of each target and entropy of each distribution, [M] and [M] fp32, both differentiable.
+
+    `hidden_MD[i]` is the hidden state that predicts `targets_M[i]` (the shift by one is the caller's). No tensor larger
+    than [M, chunk] is made: `chunk` rows of the head are walked at a time, forward and again backward; None chooses
+    about 2^24 logits, whatever M is. Walking the vocabulary and not the tokens makes each row of the weight's gradient
+    one product over all tokens, rounded to the weight's dtype once, where chunks of tokens would add up in bf16.
+    Tokens whose incoming gradient is 0 are skipped in the backward pass.
+    """
+    _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
+    chunk = max(1, LOGITS_AT_ONCE // max(1, len(hidden_MD))) if chunk is None else chunk
+    return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk)
+
+
+def token_logprobs_eager(
+    hidden_MD: Tensor, head_weight_VD: Tensor, targets_M: Tensor, temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The slow twin of `token_logprobs`: plain autograd through whole [M, V] logits."""
+    _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
+    logp_MV = F.log_softmax(scale_logits(hidden_MD @ head_weight_VD.T, temperature, vocab_size), dim=-1)
+    return logp_MV.gather(-1, targets_M[:, None]).squeeze(-1), -(logp_MV.exp() * logp_MV).sum(-1)
+
+
+def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None) -> None:
+    shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+    if list(map(len, shapes)) != [2, 2, 1] or shapes[0][1] != shapes[1][1] or shapes[0][0] != shapes[2][0]:
+        raise ValueError(f"hidden, head weight and targets are {shapes}, expected [M, D], [V, D] and [M]")
+    V = shapes[1][0] if vocab_size is None else vocab_size
+    if not 0 < V <= shapes[1][0]:
+        raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {shapes[1][0]}, the rows of the head")
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < V):
+        raise ValueError(f"targets are {int(targets.min())} to {int(targets.max())}, expected ids from 0 to {V - 1}")
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Statistics of softmax(h W^T / temperature) slice by slice.
+
+    For a slice b of the vocabulary let lse_b be the logsumexp of its logits and mean_b their mean under its softmax.
+    Then lse = logsumexp_b(lse_b), and entropy = lse - sum_b softmax(lse)_b mean_b. Backward, with logp = z - lse and
+    incoming gradients g of the log-probability and e of the entropy,
+        dL/dz_j = g [j == target] - p_j (g + e (logp_j + entropy)).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, vocab_size, chunk):
+        slices = _logit_slices(hidden, weight, vocab_size, chunk)
+        stats = [_slice_statistics(logits, targets, lo, temperature) for lo, logits in slices]
+        lse_BM, mean_BM, target_logit_BM = (torch.stack(column) for column in zip(*stats))
+        lse = lse_BM.logsumexp(0)
+        entropy = lse - ((lse_BM - lse).exp() * mean_BM).sum(0)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.options = (temperature, vocab_size, chunk)
+        return target_logit_BM.sum(0) - lse, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        temperature, vocab_size, chunk = ctx.options
+        use_entropy = bool((grad_entropy != 0).any())
+        # Tokens of groups without a signal, or masked: no gradient, no work, and a NaN there goes nowhere.
+        rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
+        per_token = [x[rows] for x in (hidden, targets, lse, entropy, grad_logp, grad_entropy)]
+        hidden_rows, targets, lse, entropy, grad_logp, grad_entropy = per_token
+        grad_logp, grad_entropy = grad_logp / temperature, grad_entropy / temperature  # of the logits before scaling
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        d_rows = torch.zeros_like(hidden_rows, dtype=lse.dtype) if want_hidden else None
+        in_place = gradient_in_place(weight) if want_weight else None
+        d_weight = torch.zeros_like(weight) if want_weight and in_place is None else in_place
+        for lo, logits in _logit_slices(hidden_rows, weight, vocab_size, chunk):
+            hi = lo + logits.shape[1]
+            for tile in _tiles(logits):
+                grads = (grad_logp[tile], grad_entropy[tile] if use_entropy else None)
+                numbers = targets[tile], lo, lse[tile], entropy[tile]
+                logits[tile] = _logit_gradient(logits[tile], *numbers, grads, temperature)
+            if want_hidden:
+                d_rows += logits @ weight[lo:hi]
+            if want_weight:
+                d_weight[lo:hi].addmm_(logits.T, hidden_rows)
+        d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype)) if want_hidden else None
+        return d_hidden, d_weight if in_place is None else None, None, None, None, None
+
+
+def _logit_slices(hidden: Tensor, weight: Tensor, vocab_size: int | None, chunk: int):
+    """Yield (first id, logits [M, <= chunk]) for each slice of the vocabulary; the next slice overwrites the last."""
+    V = weight.shape[0] if vocab_size is None else vocab_size
+    chunk = math.ceil(V / math.ceil(V / chunk))  # slices of equal size
+    buffer = hidden.new_empty(hidden.shape[0] * chunk)
+    for lo in range(0, V, chunk):
+        hi = min(lo + chunk, V)
+        logits = buffer[: hidden.shape[0] * (hi - lo)].view(hidden.shape[0], hi - lo)
+        yield lo, torch.mm(hidden, weight[lo:hi].T, out=logits)
+
+
+def _tiles(logits: Tensor) -> list[slice]:
+    """Rows to work on at a time: a few that fit a CPU's cache; elsewhere all of them."""
+    M, width = logits.shape
+    step = max(1, CPU_TILE // width) if logits.device.type == "cpu" else max(M, 1)
+    return [slice(i, i + step) for i in range(0, M, step)]
+
+
+def _slice_statistics(logits: Tensor, targets: Tensor, lo: int, temperature: float) -> Tensor:
+    """[3, M]: logsumexp of the slice, mean logit under its softmax, the target's logit (0 where it is elsewhere)."""
+    stats = logits.new_empty(3, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    for tile in _tiles(logits):
+        z = scale_logits(logits[tile], temperature)
+        inside, column = _find_targets(targets[tile], lo, z.shape[1])
+        stats[2, tile] = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
+        top = z.amax(-1, keepdim=True)
+        e = z.sub_(top).exp()  # in place: whatever z is a view of is scratch
+        total = e.sum(-1)
+        stats[0, tile] = total.log() + top.squeeze(1)
+        stats[1, tile] = e.mul_(z).sum(-1) / total + top.squeeze(1)
+    return stats
+
+
+def _logit_gradient(logits, targets, lo, lse, entropy, grads, temperature) -> Tensor:
+    grad_logp, grad_entropy = grads
+    logp = scale_logits(logits, temperature).sub_(lse[:, None])
+    if grad_entropy is None:
+        d = logp.exp_().mul_(-grad_logp[:, None])
+    else:
+        p = logp.exp()
+        d = logp.mul_(-grad_entropy[:, None]).sub_((grad_logp + grad_entropy * entropy)[:, None]).mul_(p)
+    inside, column = _find_targets(targets, lo, d.shape[1])
+    return d.scatter_add_(1, column, torch.where(inside, grad_logp, 0.0)[:, None])
+
+
+def _find_targets(targets: Tensor, lo: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the slice [M], and their column in it [M, 1] (0 for the others); no wait for the device."""
+    inside = (targets >= lo) & (targets < lo + width)
+    return inside, torch.where(inside, targets - lo, 0)[:, None]

@@ -1,0 +1,1 @@
+"""Several processes: data parallelism and sharded weights."""

@@ -1,0 +1,174 @@
+"""One model over several processes: FSDP2 keeps a slice of weights and gradients on each, AdamW a slice of its state.
+
+    torchrun --nproc-per-node 8 train.py --shard-weights --ckpt Qwen2.5-7B-Instruct
+
+    shard(model)                                        # in place: parameters become DTensors, sliced along dimension 0
+    optimizer = ShardedAdamW(trainable(model), lr=1e-6) # masters and moments of this rank's slices alone
+    plain = whole(model)                                # every rank gets all weights, as a model without FSDP
+
+In training a block's weights are gathered when it is their turn, forward and again backward, and its gradients are
+summed and sliced at once (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3). All ranks must then run as many forward
+and backward passes as the others: packing.Step pads with idle micro-batches. A rollout can not promise that, and would
+gather all weights anew for every token: it runs on a whole copy, which lives as long as the rollout
+(benchmarks/scaling.py measures both).
+
+Where this departs from FSDP's usual use: gradients are summed, not averaged, because the tokens' weights are made for
+the whole step; and checkpoints are not sharded. They are gathered into the files that a single process writes, so that
+a run goes on with any number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from model.lora import add_lora, lora_layers
+from optimizer import STATE_NAMES, MemoryEfficientAdamW
+from parallel.distributed import is_main, rank, sum_gradients, world_size
+from qwen2_llm import Qwen2ForCausalLM
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def shard(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """Slice the model over all ranks, block by block; in a single process it stays whole. Returns the same model.
+
+    Embedding, last norm and head stay gathered from forward to backward: the head is used after the forward pass.
+    """
+    if world_size() == 1:
+        return model
+    mesh = init_device_mesh(model.device.type, (world_size(),))
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden_states")
+    for module in _parts(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@torch.no_grad()
+def whole(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """A plain copy with all weights, adapters too, on this rank's device; a model that is not sharded, itself.
+
+    All ranks take part. The copy is for reading: it does not follow later updates.
+    """
+    if not is_sharded(model):
+        return model
+    for part in _parts(model):
+        part.reshard()  # a forward pass without a backward leaves the outermost part gathered
+    with torch.device("meta"):
+        copy = Qwen2ForCausalLM(model.config)
+    adapters = lora_layers(model)
+    if adapters:
+        one = next(iter(adapters.values()))
+        add_lora(copy, one.rank, one.alpha, one.dropout, sorted({name.rpartition(".")[2] for name in adapters}))
+    for name, p in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(copy.get_submodule(owner), leaf, nn.Parameter(p.full_tensor(), requires_grad=False))
+    return copy
+
+
+class ShardedAdamW(MemoryEfficientAdamW):
+    """`MemoryEfficientAdamW` over this rank's slices of sharded parameters.
+
+    Its parameters are plain tensors that share their memory with the slices; `take_gradients` brings theirs.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], *args: Any, **options: Any):
+        self.sharded = list(params)
+        super().__init__([nn.Parameter(p.to_local().detach()) for p in self.sharded], *args, **options)
+
+    @property
+    def slices(self) -> list[nn.Parameter]:
+        return self.param_groups[0]["params"]
+
+    def take_gradients(self) -> None:
+        """Point every slice at its memory of today (FSDP may move it) and at its gradient."""
+        for mine, p in zip(self.slices, self.sharded):
+            mine.data = p.to_local().detach()
+            mine.grad = None if p.grad is None else p.grad.to_local()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in (*self.sharded, *self.slices):
+            p.grad = None
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The `state_dict` of a single process, on rank 0; the others get an empty one. All ranks take part."""
+        mine = self.state_dict()
+        state = {
+            index: {name: _gather_rows(x, self.sharded[index]) if name in STATE_NAMES else x for name, x in one.items()}
+            for index, one in mine["state"].items()
+        }
+        return mine | {"state": state} if is_main() else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's slices out of a single process's state."""
+        self.take_gradients()
+        state = {
+            index: {name: self._slice(x, index) if name in STATE_NAMES else x for name, x in one.items()}
+            for index, one in state_dict["state"].items()
+        }
+        super().load_state_dict(state_dict | {"state": state})
+
+    def _slice(self, value: Tensor, index: int) -> Tensor:
+        if index >= len(self.sharded) or value.shape != self.sharded[index].shape:
+            expected = tuple(self.sharded[index].shape) if index < len(self.sharded) else "none"
+            raise ValueError(f"optimizer state {index} has shape {tuple(value.shape)}, expected {expected}")
+        rows = -(-len(value) // world_size())
+        return value[rank() * rows : (rank() + 1) * rows]
+
+
+def _gather_rows(mine: Tensor, p: Tensor) -> Tensor | None:
+    """All rows of what has the rows of the sharded parameter `p`, on rank 0's CPU; each rank has ceil(rows / ranks) of
+    them, as far as they reach."""
+    rows = -(-p.shape[0] // world_size())
+    padded = torch.zeros(rows, *p.shape[1:], dtype=mine.dtype)
+    padded[: len(mine)] = mine.cpu()
+    parts = [torch.empty_like(padded) for _ in range(world_size())] if is_main() else None
+    dist.gather(padded, parts, dst=0)
+    return torch.cat(parts)[: p.shape[0]] if is_main() else None
+
+
+def reduce_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Every `.grad` of the optimizer becomes that of the whole step: of sharded weights FSDP has summed it already."""
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.take_gradients()
+    else:
+        sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Tensor:
+    """The joint norm of all gradients, those of other ranks' slices too."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(optimizer, ShardedAdamW):
+        square = norm.double().square()
+        dist.all_reduce(square)
+        norm = square.sqrt().to(norm.dtype)
+    return norm
+
+
+class WholeState:
+    """Stands in for an optimizer when its state is saved."""
+
+    def __init__(self, state: dict[str, Any]):
+        self.state_dict = lambda: state
+
+
+def whole_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | WholeState:
+    """What rank 0 saves: the optimizer itself, or of a sharded one its state in one piece. All ranks take part."""
+    return WholeState(optimizer.whole_state_dict()) if isinstance(optimizer, ShardedAdamW) else optimizer

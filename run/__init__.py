@@ -1,0 +1,1 @@
+"""A training run: options, checkpoints, logs and the terminal display."""

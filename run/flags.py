@@ -1,0 +1,165 @@
+"""Command line and YAML into a dataclass: `tyro` reads the flags, this file feeds it and shortens what it says.
+
+Where this departs from a plain `tyro.cli(Config)`:
+
+* a YAML file is turned into the flags it stands for and read by the same parser: one set of types, one set of errors,
+  and floats such as `1e-6`, which YAML 1.1 takes for text, are read right;
+* an error is one line (a ValueError; the program prints it and exits with code 2), not a box of several;
+* a name that is not known is answered with the nearest one that is;
+* the `# --- title` comments between the fields of a dataclass become titles in `--help`.
+
+How to call it:
+
+    @dataclass
+    class Options: ...
+    options = parse_flags(Options, sys.argv[1:])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import re
+import reprlib  # repr, bounded: a few lines of YAML aliases stand for a list of 10^10 items
+import sys
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from run.closed_pipe import reader_may_go
+
+T = TypeVar("T")
+
+
+class _Capture(io.StringIO):
+    """What tyro prints, with the boxes it draws for a UTF-8 terminal: in ASCII they cannot be told from text."""
+
+    encoding = "utf-8"
+
+
+def parse_flags(schema: type[T], argv: list[str], default: T | None = None, source: str = "command line") -> T:
+    """Read flags into a dataclass whose fields are the flags, over the values of `default`.
+
+    Raises ValueError with one line that begins with `source`. `--help` prints and exits with code 0.
+    """
+    out, error = _Capture(), _Capture()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            values, unknown = tyro.cli(schema, args=argv, default=default or schema(), return_unknown_args=True)
+    except SystemExit as exit:
+        if exit.code:
+            raise ValueError(f"{source}: {_sentence(error.getvalue())}") from None
+        encoding = sys.stdout.encoding or "utf-8"
+        with reader_may_go():
+            print(_with_titles(out.getvalue(), schema).encode(encoding, "replace").decode(encoding), end="")
+        raise
+    if unknown:
+        names = [flag_name(field.name) for field in dataclasses.fields(schema)]
+        raise ValueError(f"{source}: {_unknown(unknown[0], names)}")
+    return values
+
+
+def yaml_flags(path: str | Path, schema: type) -> list[str]:
+    """A YAML file as the flags it stands for. Raises FileNotFoundError or ValueError, each with one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines of `name: value`, found {type(values).__name__}")
+    hints = get_type_hints(schema)
+    flags: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise ValueError(f"{path}: {_unknown(str(key), list(hints))}")
+        flags += _as_flag(f"{path}: {name}", flag_name(name), value, hints[name])
+    return flags
+
+
+def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
+    """One YAML value as a flag: a switch, one word, or several."""
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: expected true or false, found {reprlib.repr(value)}")
+        return [flag if value else "--no-" + flag[2:]]
+    several = str(hint).startswith("tuple")
+    words = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != several or any(isinstance(word, (list, dict, set, bool)) for word in words):
+        raise ValueError(
+            f"{where}: expected {'a list of values' if several else 'one value'}, found {reprlib.repr(value)}"
+        )
+    return [flag, *map(str, words)] if several else [f"{flag}={value}"]
+
+
+def one_line(error: BaseException, limit: int = 600) -> str:
+    """What an error says, on one line and not endless: it may quote a stranger's file."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def flag_name(field: str) -> str:
+    """The flag of a field: `group_size` -> `--group-size`."""
+    return "--" + field.replace("_", "-")
+
+
+def normalise(argv: list[str], bare: dict[str, str]) -> list[str]:
+    """Write `--run_dir` as `--run-dir`, and give the flags in `bare` their value where they stand without one."""
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            word = name.replace("_", "-") + equals + value
+        words.append(f"{word}={bare[word]}" if word in bare and following.startswith("--") else word)
+    return words
+
+
+def take_flag(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Take every `flag VALUE` and `flag=VALUE` out of a command line: (values, what is left)."""
+    values, rest, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith(flag + "="):
+            values.append(word.partition("=")[2])
+        elif word == flag:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise ValueError(f"command line: {flag} needs a value")
+            values.append(value)
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _unknown(word: str, known: list[str]) -> str:
+    """What to say about a name that is not in `known`."""
+    if known[0].startswith("--") and not word.startswith("--"):
+        return f"unexpected argument {word!r}"
+    word = word.partition("=")[0]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+    return f"unknown option {word}, the nearest known one is {near}; --help lists all"
+
+
+def _sentence(box: str) -> str:
+    """What stands in the box that tyro draws around an error, above its first rule, as one line."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    body = [line for line in lines if not line.startswith("╭")]
+    end = next((i for i, line in enumerate(body) if line.startswith(("──", "╰"))), len(body))
+    return " ".join(" ".join(body[:end]).split())
+
+
+def _with_titles(help: str, schema: type) -> str:
+    """Put the dataclass's `# --- title` comments above the flags they stand above in the source."""
+    for title, field in re.findall(r"# --- (.+)\n\s+(\w+):", inspect.getsource(schema)):
+        line = re.search(rf"^│ {flag_name(field)}\b.*\n", help, flags=re.MULTILINE)
+        if line:
+            rule = f"├─ {title} ".ljust(len(line[0]) - 2, "─") + "┤\n"
+            help = help[: line.start()] + rule + help[line.start() :]
+    return help

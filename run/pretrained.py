@@ -1,0 +1,73 @@
+"""Where a checkpoint's name leads (a folder, a name under assets/ or models/, a repo of the Hugging Face Hub), and what
+is loaded from there.
+
+folder = locate_pretrained("Qwen2.5-0.5B-Instruct")       # models/Qwen2.5-0.5B-Instruct, or Qwen/... from the Hub
+model, tokenizer = load_pretrained(folder, torch.bfloat16, "cuda")
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from run.config import Config
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # never pickled weights, never code
+DEFAULT_OWNER = "Qwen"
+
+
+def locate_pretrained(name: str) -> Path:
+    """The local folder of a checkpoint; a repo id is fetched, or found in the Hub's cache when there is no network.
+
+    Raises FileNotFoundError that says what was looked for, where, and how to get it.
+    """
+    candidates = [Path(name).expanduser(), ROOT / "assets" / name, ROOT / "models" / name, Path("models") / name]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise FileNotFoundError(
+            f"--ckpt {name}: there is no such folder, and it is not a repo id like Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    repo = name if "/" in name else f"{DEFAULT_OWNER}/{name}"
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"--ckpt {name}: no folder of that name here, under assets/ or under models/, and {repo} could not be "
+            f"fetched ({reason[:150]}); with a network, run: hf download {repo} --local-dir models/{Path(name).name}"
+        ) from None
+
+
+def load_pretrained(
+    folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """Model and tokenizer of one folder. Raises ValueError or FileNotFoundError, also where the two do not fit."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding only "
+            f"{model.config.vocab_size} rows; tokenizer.json belongs to another model"
+        )
+    return model, tokenizer
+
+
+def load_policy(config: Config, folder: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """Model and tokenizer of `folder`, on the device and in the dtype that the config asks for."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
+    if dtype is None:
+        sizes = Qwen2Config.from_pretrained(folder)
+        dtype = torch.float32 if sizes.num_hidden_layers * sizes.hidden_size**2 < 1e6 else torch.bfloat16
+    return load_pretrained(folder, dtype, device)

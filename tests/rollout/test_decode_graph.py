@@ -1,0 +1,219 @@
+"""decode_graph.py and decoding.py: a recorded step equals the plain one, stays static, never waits; rows are reused.
+
+There need be no GPU: `recorded` stands in for CUDA's capture. It traces the step into the operations that it performs
+on the very tensors that it touches, with every number of Python's frozen, and replays those and nothing else.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model
+from test_generation import PROMPTS, stopping_model
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rollout import decoding, generation
+from rollout.decode_graph import Recorder
+from rollout.decoding import Decoder, _pieces, _reach, stop_string_end
+from rollout.generation import decode_plainly, generate
+from rollout.sampling import SamplingParams
+
+
+def state(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Every tensor that outlives a step."""
+    return {
+        f"{owner.__class__.__name__}.{name}": value
+        for owner in (decoder, decoder.cache)
+        for name, value in vars(owner).items()
+        if isinstance(value, torch.Tensor) and name not in ("mask", "prompt_mask")
+    }
+
+
+def recorded(step):
+    """Record a bound `Decoder.step` as a CUDA graph would be: nothing has happened when this returns."""
+    tensors = state(step.__self__)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    graph = make_fx(lambda: step())()
+    for name, tensor in tensors.items():
+        tensor.copy_(before[name])
+    return graph
+
+
+def decoder_for(model, tokenizer, capture=recorded, rows: int = 512, prompts=PROMPTS, seed: int = 0, **params):
+    params = SamplingParams(**({"n": 3, "max_new_tokens": 40} | params))
+    uniforms = generation.uniform_numbers(prompts, params, seed)
+    return Decoder(model, prompts, uniforms, params, tokenizer, rows, capture)
+
+
+def assert_same(answers: decoding.Answers, expected: decoding.Answers) -> None:
+    assert torch.equal(answers.lengths, expected.lengths)
+    assert torch.equal(answers.stopped, expected.stopped)
+    for row, length in enumerate(expected.lengths.tolist()):
+        assert torch.equal(answers.sampled[row, :length], expected.sampled[row, :length])
+        torch.testing.assert_close(
+            answers.logprobs[row, :length], expected.logprobs[row, :length], atol=1e-4, rtol=0
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [512, 6, 1])
+@pytest.mark.parametrize(
+    "params", [{"n": 9}, {"n": 1}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.9}, {"stop": ("e",)}]
+)
+def test_recorded_steps_give_the_answers_of_the_slow_twin(rows, params, tokenizer, monkeypatch):
+    """CHECKLIST 27, CHECKLIST 38. Ragged prompts, idle rows, sizes that shrink, a reach that grows, rows handed on."""
+    monkeypatch.setattr(decoding, "SHORTEST_REACH", 16)
+    model, captures = stopping_model(1.0), []
+
+    def capture(step):
+        captures.append((step.__self__.cache.n_groups, step.__self__.cache.reach))
+        return recorded(step)
+
+    decoder = decoder_for(model, tokenizer, capture, rows, **params)
+    expected = decode_plainly(model, PROMPTS, decoder.uniforms[:-1], decoder.params, tokenizer, 512)
+    assert len(set(expected.lengths.tolist())) > 1 or params == {"temperature": 0.0}
+    assert_same(decoder.run(), expected)
+    assert len(captures) == len(set(captures)), "a shape was recorded twice"
+    assert captures
+    assert set(captures) < decoder.recorder.warm | {None}
+
+
+def test_replays_change_nothing_but_numbers(tokenizer):
+    """No tensor of the state moves or changes its shape from the first step to the last."""
+    decoder = decoder_for(stopping_model(0.5), tokenizer)
+    before = {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in state(decoder).items()}
+    decoder.run()
+    assert len(decoder.recorder.replays) > 0
+    assert (decoder.cache.lengths[: decoder.cache.n_rows] == 0).all(), "an idle row grows beyond its room"
+    after = {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in state(decoder).items()}
+    assert before == after
+    assert len(before) > 12
+
+
+def test_a_step_reads_no_number_back(tokenizer):
+    """On the meta device there are no numbers: whatever would wait (item, tolist, nonzero, a branch) raises."""
+    decoder = decoder_for(make_model(), tokenizer, top_k=5, top_p=0.9, min_p=0.1)
+    with torch.inference_mode():
+        decoder.seat(decoder.look())
+        for owner in (decoder, decoder.cache):
+            for name, value in vars(owner).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(owner, name, value.to("meta"))
+        decoder.model.to("meta")
+        decoder.model.model.rope.frequencies[torch.device("meta")] = torch.empty(8, device="meta")
+        decoder.step()
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            decoder.look()
+
+
+def test_torch_compile_takes_a_step_whole(tokenizer):
+    """No graph break: a compiler may be laid around the step."""
+    model = stopping_model(1.0)
+    compiled = decoder_for(model, tokenizer, lambda step: torch.compile(step, fullgraph=True, backend="eager"), n=2)
+    assert_same(compiled.run(), decoder_for(model, tokenizer, None, n=2).run())
+
+
+def test_a_shape_is_run_then_recorded_then_replayed():
+    log = []
+    recorder = Recorder(lambda: log.append("run"), lambda step: log.append("record") or (lambda: log.append("replay")))
+    for shape in ("a", "a", "b", "a", "b", "a"):
+        recorder(shape)
+    assert log == ["run", "record", "replay", "run", "replay", "record", "replay", "replay"]
+
+
+def test_waiting_prompts_take_the_rows_of_answers_that_have_ended(tokenizer, monkeypatch):
+    """CHECKLIST 38. Twelve rows for 36 answers: never more, seldom fewer, in fewer steps than piece after piece."""
+    prompts, model, seen, steps = PROMPTS * 3, stopping_model(1.5), [], []
+    real = Decoder.step
+
+    def watched(self):
+        seen.append(self.cache.n_rows)
+        real(self)
+
+    monkeypatch.setattr(Decoder, "step", watched)
+    for rows in (12, 512):
+        decoder = decoder_for(model, tokenizer, None, rows, prompts)
+        answers = decoder.run()
+        expected = decode_plainly(model, prompts, decoder.uniforms[:-1], decoder.params, tokenizer, 12)
+        assert_same(answers, expected)
+        steps.append(decoder.steps)
+        if rows == 12:
+            assert max(seen) == 12
+            assert decoder.cache.k.shape[1] == 12, "memory for more rows than were allowed"
+    pieces = [expected.lengths[i : i + 12].max().item() - 1 for i in (0, 12, 24)]
+    assert steps[0] < sum(pieces)
+
+
+def test_prompts_are_prefilled_in_bounded_pieces(tokenizer, monkeypatch):
+    """The answers do not depend on it."""
+    model, sizes, real = stopping_model(1.0), [], decoding.prefill_prompts
+    whole = decoder_for(model, tokenizer, None).run()
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 5)
+    monkeypatch.setattr(
+        decoding, "prefill_prompts", lambda m, ids: sizes.append(sum(map(len, ids))) or real(m, ids)
+    )  # fmt: skip
+    assert_same(decoder_for(model, tokenizer, None).run(), whole)
+    assert sizes == [4, 9, 2]
+    assert _pieces([7, 8, 9], [3, 2, 1], 5) == [[7, 8], [9]]
+
+
+def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatch, tokenizer):
+    """Rows are as many as a part of memory holds, whatever max_rows says; at least one."""
+    model, given = make_model(), []
+    token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
+    monkeypatch.setattr(generation.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
+    assert generation.rows_that_fit(model, 21) == 30
+    assert generation.rows_that_fit(model, 10**9) == 1
+    real = generation.decode
+    monkeypatch.setattr(generation, "decode", lambda *a: given.append(a[5]) or real(*a))
+    generate(model, PROMPTS, SamplingParams(n=3, max_new_tokens=12), tokenizer=tokenizer)
+    assert given == [30]  # the longest prompt has 9 tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 129, 500, 1000])
+def test_a_recorded_step_reads_enough_and_not_much_more(tokens):
+    reach = _reach(tokens, 1000)
+    assert tokens <= reach <= max(128, 2 * tokens)
+    assert len({_reach(t, 1000) for t in range(1, 1001)}) == 4
+
+
+def test_graphs_need_cuda(tokenizer):
+    with pytest.raises(ValueError, match="only CUDA"):
+        generate(make_model(), PROMPTS, SamplingParams(), tokenizer=tokenizer, graphs=True)
+
+
+# --- what must not end in an index error
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(value, temperature, share_prompt, tokenizer):
+    """CHECKLIST 44. One clear line, on a GPU no fault of the device."""
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    params = SamplingParams(n=2, max_new_tokens=20, temperature=temperature)
+    with pytest.raises(ValueError, match=r"logits are not finite at token 0 of an answer to prompt 0") as error:
+        generate(model, PROMPTS, params, tokenizer=tokenizer, share_prompt=share_prompt)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("capture", [None, recorded])
+def test_a_special_token_may_be_a_stop_string(capture, tokenizer):
+    """257 is <|im_start|>, no stop id; the string ends with it, looked for at every token or every 16."""
+    model = stopping_model(2.0, (257,))
+    decoder = decoder_for(model, tokenizer, capture, n=12, stop=("<|im_start|>",))
+    answers = decoder.run()
+    assert answers.stopped.any()
+    for ids, length, stopped in zip(answers.sampled.tolist(), answers.lengths.tolist(), answers.stopped.tolist()):
+        body = ids[: length - 1]
+        assert 257 not in body
+        assert stopped == (ids[length - 1] in (256, 257, 258))
+
+
+def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer):
+    ids = tokenizer.encode("xxabxxab")
+    assert stop_string_end(ids, 8, ("ab",), tokenizer) == 4
+    assert stop_string_end(ids[4:], 2, ("ab",), tokenizer) == 4
+    assert stop_string_end(ids[:5], 1, ("bx",), tokenizer) == 5
+    assert stop_string_end(ids, 8, ("abc",), tokenizer) is None

@@ -1,0 +1,260 @@
+"""GSM8K, MATH and reasoning-gym: the released schemas, from files; judged by libraries that are optional."""
+
+import json
+import time
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from math_task import make_task
+from tasks import dataset_tasks
+from tasks.dataset_tasks import EVALUATING, Gsm8kTask, MathTask, ReasoningGymTask, is_harmless, last_boxed
+
+
+def respond(answer: str) -> str:
+    return f" hm </think>\n<answer> {answer} </answer>"
+
+
+def write_rows(path, rows: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def gsm8k_rows(n: int, start: int = 0) -> list[dict]:
+    return [
+        {"question": f"Q{i}?", "answer": f"It is <<2*{i}={2 * i}>>so.\n#### {2 * i:,}"} for i in range(start, start + n)
+    ]
+
+
+# GSM8K ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_gsm8k_reads_its_released_folder(tmp_path, suffix):
+    """The Hub's layout: main/ and socratic/, a train and a test file in each; only main is read."""
+    for subset, first in (("main", 0), ("socratic", 9000)):
+        write_rows(tmp_path / subset / f"train-00000-of-00001{suffix}", gsm8k_rows(5, first + 1000))
+        write_rows(tmp_path / subset / f"test-00000-of-00001{suffix}", gsm8k_rows(3, first))
+    task = make_task("gsm8k", data=str(tmp_path))
+    assert [p.target for p in task.test_problems(10)] == ["0", "2", "4"]
+    assert sorted(p.target for p in task.problems("train", 5)) == ["2,000", "2,002", "2,004", "2,006", "2,008"]
+    problem = task.train_problem(0)
+    assert task.reward(problem, respond(problem.target.replace(",", ""))).parts == {"format": 1.0, "answer": 1.0}
+    assert task.reward(problem, respond("7")).parts["answer"] == 0.0
+
+
+def test_one_file_holds_out_its_last_rows(tmp_path):
+    task = Gsm8kTask(data=str(write_rows(tmp_path / "all.jsonl", gsm8k_rows(20))), n_test=2)
+    assert [p.target for p in task.test_problems(10)] == ["36", "38"]
+    assert "36" not in {p.target for p in task.problems("train", 40)}
+
+
+def test_test_rows_alone_are_never_trained_on(tmp_path):
+    task = Gsm8kTask(data=str(write_rows(tmp_path / "test.jsonl", gsm8k_rows(3))))
+    assert len(task.test_problems(10)) == 3
+    with pytest.raises(ValueError, match="no training rows"):
+        task.train_problem(0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Q?", "answer": "42"}, "row 1: no final answer in answer: ...'42'"),
+        ({"question": "Q?", "answer": "#### forty"}, "row 1: no final answer"),
+        ({"question": "Q?", "answer": None}, "row 1: expected text in question and answer"),
+        ({"problem": "Q?", "solution": "5"}, "no column question, answer; found problem, solution"),
+    ],
+)
+def test_rows_of_another_schema_are_one_line(tmp_path, row, message):
+    """CHECKLIST 46."""
+    with pytest.raises(ValueError, match=r"a\.jsonl") as error:
+        Gsm8kTask(data=str(write_rows(tmp_path / "a.jsonl", [row])))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
+    write_rows(tmp_path / "main" / "train.jsonl", gsm8k_rows(30))
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert len(Gsm8kTask().test_problems(99)) == 3
+    assert asked == [(("openai/gsm8k",), {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.jsonl"]})]
+
+
+def test_no_network_and_no_copy_is_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=r"openai/gsm8k: .*no route.*; download it .* --data FOLDER") as error:
+        Gsm8kTask()
+    assert "\n" not in str(error.value)
+
+
+# MATH -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{ {2} }", "{2}"),
+        (r"\fbox{7}", "7"),
+        (r"$\boxed 5$ done", "5"),
+        (r"\boxed{1", None),
+        (r"\boxed{}", None),
+        ("no box", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, answer):
+    assert last_boxed(text) == answer
+
+
+@pytest.fixture(scope="module")
+def math_task(tmp_path_factory):
+    pytest.importorskip("math_verify")
+    rows = [{"problem": "Half of one?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1"}] * 4
+    return MathTask(data=str(write_rows(tmp_path_factory.mktemp("math") / "algebra" / "train.parquet", rows)))
+
+
+@pytest.mark.parametrize(
+    ("target", "answer", "right"),
+    [
+        (r"\frac{1}{2}", r"\frac{1}{2}", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{1}{2}", "1/2", True),
+        (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}", True),
+        (r"\frac{1}{2}", r"$\dfrac12$", True),
+        (r"\frac{1}{2}", "2", False),
+        (r"\frac{1}{2}", "", False),
+        ("x^2 - 1", "(x-1)(x+1)", True),
+        (r"2\sqrt{2}", r"\sqrt{8}", True),
+        ("(3, 4)", "(3,4)", True),
+        (r"\text{Tuesday}", r"\text{Tuesday}", True),
+        ("10", "1" * 1000, False),
+        ("10", "\x00" + "{" * 400, False),
+    ],
+)
+def test_math_answers_are_compared_as_mathematics(math_task, target, answer, right):
+    problem = math_task.problem_from("What is it?", target)
+    assert math_task.reward(problem, respond(answer)).parts["answer"] == float(right)
+
+
+def test_math_problems_ask_for_an_answer_in_tags(math_task):
+    problem = math_task.train_problem(0)
+    assert problem.target == r"\frac{1}{2}"
+    assert problem.messages[1]["content"].endswith(r"for example <answer> \frac{1}{2} </answer>.")
+
+
+def test_an_answer_that_keeps_the_checker_busy_is_wrong(math_task, monkeypatch):
+    """CHECKLIST 39 for MATH: the checker has a deadline, and works on afterwards."""
+    monkeypatch.setattr(math_task._worker, "deadline_s", 0.3)
+    start = time.monotonic()
+    assert math_task.is_correct(math_task.problem_from("What is it?", "1"), "9^{9^{9^{9}}}") is False
+    assert time.monotonic() - start < 5
+    monkeypatch.setattr(math_task._worker, "deadline_s", 30.0)
+    assert math_task.is_correct(math_task.problem_from("What is it?", "3"), "6/2") is True
+
+
+@pytest.mark.parametrize(("name", "package"), [("math", "math-verify"), ("reasoning_gym:chain_sum", "reasoning-gym")])
+def test_a_missing_library_is_one_line(monkeypatch, name, package):
+    """CHECKLIST 46."""
+    monkeypatch.setattr(dataset_tasks.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ValueError, match=f"needs {package}, which is not installed: pip install {package}"):
+        make_task(name)
+
+
+# reasoning-gym --------------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_gym_problems_and_scores():
+    pytest.importorskip("reasoning_gym")
+    task = make_task("reasoning_gym:chain_sum", config={"max_terms": 3}, seed=4)
+    problem = task.train_problem(5)
+    assert problem == make_task("reasoning_gym:chain_sum", config={"max_terms": 3}, seed=4).train_problem(5)
+    assert problem.messages[1]["content"].startswith(problem.target["question"])
+    assert task.reward(problem, respond(problem.target["answer"])).parts == {"format": 1.0, "answer": 1.0}
+    assert task.reward(problem, respond("no idea")).parts["answer"] < 1.0
+    train = {p.target["question"] for p in task.problems("train", 500)}
+    test = {p.target["question"] for p in task.test_problems(100)}
+    assert len(train) > 300
+    assert not train & test
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("chain_sums", {}, "reasoning_gym:chain_sums: no such data set; did you mean chain_sum?"),
+        ("chain_sum", {"config": {"terms": 3}}, "do not fit"),
+        ("chain_sum", {"config": {"min_terms": 9, "max_terms": 2}}, "do not fit"),
+    ],
+)
+def test_reasoning_gym_mistakes_are_one_line(name, options, message):
+    """CHECKLIST 46."""
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match="reasoning_gym") as error:
+        make_task(f"reasoning_gym:{name}", **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "answer", ["(1 + 2) * 3", "[[1, 2], [3]]", "['a', 'b']", "sqrt(x) + sin (2*x)/3", "1 2 3\n4 5 6", "_ Q\nQ _"]
+)
+def test_formulas_and_literals_are_harmless(answer):
+    assert is_harmless(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "__import__('os').system('true')",
+        "open(1)",
+        "(open)(1)",
+        "open (1)",
+        "sin.__class__",
+        "x.args",
+        "[exit() for x in 'a']",
+        "sqrt(exit())",
+        "exp(chr)(1)",
+        "lambda: 1",
+        "f'{exit()}'",
+        "1" * 3000,
+    ],
+)
+def test_programs_are_not_harmless(answer):
+    assert not is_harmless(answer)
+
+
+def test_an_answer_is_never_run(tmp_path):
+    """DESIGN 10: several scorers of reasoning-gym call eval on the answer; a program gets no further than this file."""
+    pytest.importorskip("reasoning_gym")
+    proof = tmp_path / "was-here"
+    for name in ("n_queens", "spiral_matrix", "puzzle24"):
+        task = ReasoningGymTask(dataset=name)
+        problem = task.train_problem(0)
+        assert task.score(problem, f"open({str(proof)!r}, 'w')") == 0.0
+        right = problem.target["answer"]
+        assert right is None or task.score(problem, right) == 1.0
+    assert not proof.exists()
+
+
+def test_the_list_of_evaluating_scorers_is_complete():
+    """A new release of reasoning-gym may add one: every scorer whose source evaluates is on the list."""
+    pytest.importorskip("reasoning_gym")
+    import inspect
+
+    from reasoning_gym.factory import DATASETS
+
+    calls = ("eval(", "exec(", "parse_expr(", "sympify(")
+    scorers = {name: inspect.getsource(cls.score_answer) for name, (cls, _config) in DATASETS.items()}
+    evaluating = {name for name, source in scorers.items() if any(call in source for call in calls)}
+    # number_sorting evaluates its own answer, not the model's
+    assert evaluating - {"number_sorting"} == EVALUATING

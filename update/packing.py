@@ -1,0 +1,168 @@
+"""The episodes of one optimizer step as flat rows: their token weights, and their cut into micro-batches.
+
+    step = Step(episodes, model.device, loss_type="dapo")
+    for micro in step.micro_batches(max_tokens=16384): ...
+
+Weights are made once for the whole step, so that micro-batches only add up their parts: how the step is cut changes
+memory, not the gradient. A group's prompt stands in a micro-batch once, and all its answers attend to it.
+
+Shape letters: N flat tokens of a micro-batch, M of them scored (response tokens), E episodes, T tokens of one answer,
+D hidden.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_types import Episode
+from model.attention import Layout
+from parallel.distributed import gather_each
+from update import losses
+
+
+class Scores(NamedTuple):
+    """What a policy says of one answer, on the CPU: log-probability of each token [T] fp32, and where they were asked
+    for the last hidden states that predict them, [T, D]."""
+
+    logp: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass
+class MicroBatch:
+    """Whole groups as flat rows: each prompt once, then its answers. The last token of an answer predicts nothing and
+    is left out of the rows.
+    """
+
+    ids: Tensor  # [N]
+    positions: Tensor  # [N]
+    layout: Layout
+    predicting_rows: Tensor  # [M] row whose hidden state predicts the token: the one before it
+    targets: Tensor  # [M]
+    old_logp: Tensor  # [M] the sampler's
+    weights: Tensor  # [M] the token's share in the step's loss
+    advantages: Tensor  # [E]
+    lengths: Tensor  # [E]
+    answer_weight: float  # an answer's share in a mean over the step's answers
+    temperature: float
+    vocab_size: int | None
+    numbers: list[int]  # [E] which of the step's episodes these are
+    before: list[Scores] | None  # [E] the training code's scores with the weights before the rollout's first update
+
+
+class Member(NamedTuple):
+    number: int
+    episode: Episode
+    weights: Tensor  # [T]
+
+
+class Step:
+    """The episodes of one optimizer step.
+
+    everything: also compute episodes of advantage 0, which have no policy gradient but a divergence and an entropy.
+    before: scores of each episode by the training code before the rollout's first update (losses that ask for them).
+    groups: ids of those that are this process's to compute; None: all. The weights are those of the whole step.
+    lockstep: make as many micro-batches as every other rank, the last ones idle.
+    Raises ValueError for episodes sampled in different ways.
+    """
+
+    def __init__(
+        self, episodes: Sequence[Episode], device: torch.device, loss_type: str = "dapo", *,
+        mask_truncated: bool = False, max_new_tokens: int | None = None, everything: bool = True,
+        shared_prefix: bool = True, before: Sequence[Scores] | None = None, groups: set[int] | None = None,
+        lockstep: bool = False,
+    ):  # fmt: skip
+        if len({(e.temperature, e.vocab_size) for e in episodes}) > 1:
+            raise ValueError("the episodes of one update were sampled at different temperatures or vocabularies")
+        self.device, self.shared_prefix, self.before, self.lockstep = device, shared_prefix, before, lockstep
+        self.sampled_by = (episodes[0].temperature, episodes[0].vocab_size) if episodes else (1.0, None)
+        kept = [bool(e.response_ids) and not (mask_truncated and e.truncated) for e in episodes]
+        lengths = torch.tensor([len(e.response_ids) for e in episodes], dtype=torch.long)
+        longest = max_new_tokens or max([1, *lengths.tolist()])
+        keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
+        weights = losses.token_weights(loss_type, lengths, longest, keep_M).split(lengths.tolist())
+        members = map(Member, range(len(episodes)), episodes, weights)
+        # A reward that was NaN has advantage 0; with beta or an entropy term its tokens still count.
+        trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
+        self.trains = bool(trained)  # whether anybody has something to learn from
+        self.trained = [m for m in trained if groups is None or m.episode.group_id in groups]
+        self.answer_weight = 1 / max(1, sum(kept))
+
+    def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
+        """Groups packed in order until the next would not fit; a group that is too large alone is cut, and its prompt
+        computed once a piece."""
+        packed: list[list[list[Member]]] = []
+        size = 0
+        for piece in self._pieces(max_tokens):
+            tokens = self._tokens(piece)
+            if packed and size + tokens <= max_tokens:
+                packed[-1].append(piece)
+                size += tokens
+            else:
+                packed.append([piece])
+                size = tokens
+        idle = max(gather_each(len(packed))) - len(packed) if self.lockstep else 0
+        for groups in packed + [[]] * idle:
+            yield self._micro_batch(groups)
+
+    def _pieces(self, max_tokens: int) -> list[list[Member]]:
+        """Episodes that share a prompt's computation: of one group, and with the same prompt ids."""
+        groups = defaultdict(list)
+        for member in self.trained:
+            key = (member.episode.group_id, tuple(member.episode.prompt_ids)) if self.shared_prefix else member.number
+            groups[key].append(member)
+        pieces = []
+        for group in groups.values():
+            pieces.append([])
+            for member in group:
+                if pieces[-1] and self._tokens([*pieces[-1], member]) > max_tokens:
+                    pieces.append([])
+                pieces[-1].append(member)
+        return pieces
+
+    @staticmethod
+    def _tokens(piece: list[Member]) -> int:
+        return len(piece[0].episode.prompt_ids) + sum(len(m.episode.response_ids) - 1 for m in piece)
+
+    def _micro_batch(self, groups: list[list[Member]]) -> MicroBatch:
+        """Without a group: an idle one, a row that nobody scores; its layers' weights are gathered like all others'."""
+        members = [member for group in groups for member in group]
+        episodes = [m.episode for m in members]
+        ids, rows = [], []
+        for group in groups:
+            prompt = group[0].episode.prompt_ids
+            last_prompt_row = len(ids) + len(prompt) - 1
+            ids += prompt
+            for _, e, _ in group:
+                rows += [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
+                ids += e.response_ids[:-1]
+        layout = Layout.shared_prefix(
+            [len(group[0].episode.prompt_ids) for group in groups] or [1],
+            [[len(m.episode.response_ids) - 1 for m in group] for group in groups] or [[]],
+        )
+
+        def on_device(numbers: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(numbers, dtype=dtype, device=self.device)
+
+        return MicroBatch(
+            ids=on_device(ids or [0], torch.long),
+            positions=layout.positions(self.device),
+            layout=layout,
+            predicting_rows=on_device(rows, torch.long),
+            targets=on_device([i for e in episodes for i in e.response_ids], torch.long),
+            old_logp=on_device([x for e in episodes for x in e.logprobs], torch.float32),
+            weights=torch.cat([torch.zeros(0), *(m.weights for m in members)]).to(self.device),
+            advantages=on_device([e.advantage for e in episodes], torch.float32),
+            lengths=on_device([len(e.response_ids) for e in episodes], torch.long),
+            answer_weight=self.answer_weight,
+            temperature=self.sampled_by[0],
+            vocab_size=self.sampled_by[1],
+            numbers=[m.number for m in members],
+            before=[self.before[m.number] for m in members] if self.before is not None else None,
+        )

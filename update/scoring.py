@@ -1,0 +1,78 @@
+"""What a policy says of tokens that were drawn: log-probabilities, entropies, hidden states, which tokens stand out.
+
+    logp, entropy = score(model, micro)                 # a micro-batch, with a gradient
+    scores = score_episodes(model, episodes)            # whole episodes, without one
+
+Shape letters: M response tokens of a micro-batch, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data_types import Episode
+from model.attention import PackedAttention
+from parallel.distributed import gather_each, in_lockstep, rank
+from parallel.sharding import is_sharded
+from qwen2_llm import Qwen2ForCausalLM
+from rollout.generation import halve_when_out_of_memory
+from update import losses
+from update.packing import MicroBatch, Scores, Step
+
+
+def score(model: Qwen2ForCausalLM, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Log-probability of every response token and entropy where it was drawn: [M] and [M], fp32."""
+    return score_states(model, micro, response_states(model, micro))
+
+
+def response_states(model: Qwen2ForCausalLM, micro: MicroBatch) -> Tensor:
+    """Last hidden states [M, D] that predict the response tokens."""
+    return model.hidden_states(micro.ids, micro.positions, PackedAttention(micro.layout))[micro.predicting_rows]
+
+
+def score_states(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `score`, from hidden states that one has already."""
+    return losses.token_logprobs(hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size)
+
+
+@torch.no_grad()
+def score_episodes(
+    model: Qwen2ForCausalLM, episodes: Sequence[Episode], *, keep_hidden: bool = False,
+    micro_batch_tokens: int = 16384, shared_prefix: bool = True, groups: set[int] | None = None,
+) -> list[Scores]:  # fmt: skip
+    """What the model says of each episode's tokens, without a gradient and without dropout.
+
+    groups: ids of those that are asked for, None: all; the others' episodes get empty scores.
+    """
+    step = Step(episodes, model.device, shared_prefix=shared_prefix, groups=groups, lockstep=is_sharded(model))
+    nothing = Scores(torch.zeros(0), torch.zeros(0, model.config.hidden_size) if keep_hidden else None)
+    scores = [nothing] * len(episodes)
+
+    def score_all(max_tokens: int) -> None:
+        for micro in step.micro_batches(max_tokens):
+            hidden = response_states(model, micro)
+            logp, _ = score_states(model, micro, hidden)
+            sizes = micro.lengths.tolist()
+            hiddens = hidden.cpu().split(sizes) if keep_hidden else [None] * len(sizes)
+            for number, *pair in zip(micro.numbers, logp.cpu().split(sizes), hiddens):
+                scores[number] = Scores(*pair)
+
+    was_training = model.training
+    model.eval()
+    halve_when_out_of_memory(in_lockstep(score_all) if is_sharded(model) else score_all, micro_batch_tokens)
+    model.train(was_training)
+    return scores
+
+
+@torch.no_grad()
+def top_entropy_masks(model, micro_batches: list[MicroBatch], share: float) -> list[Tensor | None]:
+    """For each micro-batch, which tokens are among the step's `share` of highest entropy; all: None."""
+    if share == 1:
+        return [None] * len(micro_batches)
+    entropies = [score(model, micro)[1] for micro in micro_batches]
+    parts = gather_each(torch.cat([torch.zeros(0), *(e.cpu() for e in entropies)]))
+    mask = losses.top_entropy_mask(torch.cat(parts), share).split([len(part) for part in parts])[rank()]
+    return list(mask.to(model.device).split([len(e) for e in entropies]))

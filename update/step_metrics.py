@@ -1,0 +1,119 @@
+"""The numbers that a step reports: sums over its micro-batches, and what its rollout earned."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+import torch
+from torch import Tensor
+
+from data_types import Episode
+from math_task import Task
+from parallel.distributed import gather_each
+
+Metrics = dict[str, float]
+
+
+class StepTotals:
+    """Adds up what the micro-batches of a step say; `metrics()` gives means over the step's tokens."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.lowest: dict[str, float] = defaultdict(lambda: math.inf)
+        self.highest: dict[str, float] = defaultdict(lambda: -math.inf)
+
+    def add(self, **scalars: Tensor) -> None:
+        """Parts of a sum over the step, such as losses."""
+        for name, value in scalars.items():
+            self.sums[name] += float(value.detach())
+
+    def add_terms(self, **tensors: Tensor) -> None:
+        """Numbers a token (or an answer), whose mean, least and largest are wanted."""
+        for name, values in tensors.items():
+            values = values.detach().float()
+            if not values.numel():  # an idle micro-batch
+                continue
+            self.sums[name] += float(values.sum())
+            self.counts[name] += values.numel()
+            self.lowest[name] = min(self.lowest[name], float(values.min()))
+            self.highest[name] = max(self.highest[name], float(values.max()))
+
+    def of_all_ranks(self) -> StepTotals:
+        whole = StepTotals()
+        for sums, counts, lowest, highest in gather_each(
+            (dict(self.sums), dict(self.counts), dict(self.lowest), dict(self.highest))
+        ):
+            for name, value in sums.items():
+                whole.sums[name] += value
+            for name in counts:
+                whole.counts[name] += counts[name]
+                whole.lowest[name] = min(whole.lowest[name], lowest[name])
+                whole.highest[name] = max(whole.highest[name], highest[name])
+        return whole
+
+    def metrics(self) -> Metrics:
+        """Names are TRL's where it has one."""
+        metrics = {
+            "loss": self.sums["loss"],
+            "policy_loss": self.sums["policy_loss"],
+            "entropy": self._mean("entropy"),
+            "clip_ratio/low_mean": self._mean("clipped_low"),
+            "clip_ratio/high_mean": self._mean("clipped_high"),
+            **self._spread("ratio", "ratio"),
+            "sampling/sampling_logp_difference/mean": self._mean("difference"),
+            "sampling/sampling_logp_difference/max": self.highest.get("difference", 0.0),
+            "update/tokens": float(self.counts["ratio"]),
+        }
+        if self.counts["kl"]:
+            metrics["kl"] = self._mean("kl")
+        if self.counts["importance"]:
+            metrics |= self._spread("importance", "sampling/importance_sampling_ratio")
+        return metrics
+
+    def _mean(self, name: str) -> float:
+        return self.sums[name] / max(1, self.counts[name])
+
+    def _spread(self, name: str, shown: str) -> Metrics:
+        return {
+            f"{shown}/mean": self._mean(name),
+            f"{shown}/min": self.lowest.get(name, 0.0),
+            f"{shown}/max": self.highest.get(name, 0.0),
+        }
+
+
+def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
+    """What the rollout earned: means and deviations over episodes, how many groups say nothing, and the task's own
+    diagnostics (the share of false sums, say), which are never paid for."""
+    rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
+    groups: dict[int, list[float]] = {e.group_id: [] for e in episodes}
+    for e in episodes:
+        if not math.isnan(e.reward):
+            groups[e.group_id].append(e.reward)
+    metrics = {
+        "reward": rewards.nanmean().item(),
+        "reward_std": fmean(pstdev(group) if group else 0.0 for group in groups.values()),
+        "frac_reward_zero_std": fmean(not has_signal(group) for group in groups.values()),
+        "completions/mean_length": fmean(len(e.response_ids) for e in episodes),
+        "completions/clipped_ratio": fmean(e.truncated for e in episodes),
+    }
+    missing = fmean(math.isnan(e.reward) for e in episodes)
+    if missing:
+        metrics["frac_reward_missing"] = missing
+    for part in dict.fromkeys(name for e in episodes for name in e.reward_parts):  # a failed reward has no parts
+        values = torch.tensor([e.reward_parts.get(part, math.nan) for e in episodes], dtype=torch.float64)
+        values = values[~values.isnan()]
+        metrics[f"rewards/{part}/mean"] = values.mean().item()
+        metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
+    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes]
+    names = dict.fromkeys(name for d in diagnostics for name in d)
+    return metrics | {name: fmean(d[name] for d in diagnostics if name in d) for name in names}
+
+
+def has_signal(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards, those that are not NaN, differ."""
+    known = [reward for reward in rewards if not math.isnan(reward)]
+    return bool(known) and min(known) != max(known)
