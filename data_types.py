@@ -77,10 +77,16 @@ class Episode:
     finish_reason: FinishReason
     reward: float = math.nan  # NaN: the reward could not be computed; the episode gets advantage 0
     reward_parts: dict[str, float] = field(default_factory=dict)
+    unshaped_reward: float | None = None  # `reward` before the trainer's penalties; None: there were none
     advantage: float = 0.0
     temperature: float = 1.0
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
+
+    @property
+    def task_reward(self) -> float:
+        """The task's own reward, without the trainer's penalties for length and divergence."""
+        return self.reward if self.unshaped_reward is None else self.unshaped_reward
 
     @property
     def truncated(self) -> bool:

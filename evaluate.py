@@ -28,13 +28,14 @@ from typing import NamedTuple
 from rich.table import Table
 
 from data_types import Episode, MiniBatch
-from grpo import reward_metrics, rollout
+from grpo import rollout
 from math_task import task_from_config
-from rollout.generation import SamplingParams
+from rollout.sampling import SamplingParams
 from run.closed_pipe import ReaderMayGo, reader_may_go
 from run.config import Config, parse_args
 from run.flags import take_flag
 from run.pretrained import load_policy, locate_pretrained
+from update.step_metrics import reward_metrics
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95%
 

@@ -27,7 +27,8 @@ from rich.text import Text
 
 from math_task import CountdownTask
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run.closed_pipe import ReaderMayGo, reader_may_go
 from run.config import BUNDLED_CKPT
 from run.flags import normalise, parse_flags

@@ -216,12 +216,14 @@ def learning_rate(
     min_ratio: float = 0.0,
 ) -> float:
     """Learning rate of step 1, 2, ...: rises linearly over `warmup_steps`, then stays, or falls along half a cosine
-    (Loshchilov & Hutter 2017, eq. 5) to `min_ratio * lr` at `total_steps`."""
+    (Loshchilov & Hutter 2017, eq. 5) to `min_ratio * lr`. The first
+    step after the warm-up has the full rate, and the last one is one step before the end of the cosine: it still
+    learns."""
     if step <= warmup_steps:
         return lr * step / warmup_steps
     if schedule == "constant":
         return lr
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
     return lr * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
 

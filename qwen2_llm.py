@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attend, Layout, PackedAttention
+from model.attention import Attend, PackedAttention
+from model.layout import Layout
 from model.linear import Embedding, Linear, linear
 from model.qwen2_config import Qwen2Config
 from model.weight_files import read_safetensors

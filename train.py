@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -28,20 +27,22 @@ from pathlib import Path
 import torch
 
 from data_types import Episode, MiniBatch, Problem
-from grpo import GRPO, Metrics, reward_metrics, rollout
+from grpo import GRPO, rollout
 from math_task import task_from_config
 from model.lora import has_lora, load_adapters, save_adapters, trainable
 from parallel import distributed
 from parallel.sharding import is_sharded, whole, whole_optimizer
-from rollout.generation import SamplingParams
+from rollout.sampling import SamplingParams
 from run.checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
 from run.closed_pipe import nobody_reads
 from run.config import Config, config_files, new_run_dir, parse_args
 from run.flags import one_line
+from run.memory_plan import describe, dry_run, peak_gib
 from run.pretrained import load_policy, locate_pretrained
 from run.progress import duration
 from run.run_log import NoLog, RunLog, read_metrics
 from update.guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
+from update.step_metrics import Metrics, reward_metrics
 
 logger = logging.getLogger("train")
 SHOWN = 8  # held-out answers of each evaluation that are kept for people
@@ -68,7 +69,9 @@ def train(config: Config) -> int:
     check_room(trainer, held_out)
     say(describe(trainer))
     if config.dry_run:
-        return dry_run(trainer)
+        peak = max(distributed.gather_each(dry_run(trainer)))
+        say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")
+        return 0
 
     first = step = 0
     saved = True
@@ -273,78 +276,6 @@ def check_room(trainer: GRPO, held_out: list[Problem]) -> None:
             f"--max-new-tokens {config.max_new_tokens} and prompts of up to {longest} tokens do not fit the model's "
             f"context of {context}: {mend}"
         )
-
-
-def describe(trainer: GRPO) -> str:
-    """What is about to run: model, precision, tokens a step, memory."""
-    config, model = trainer.config, trainer.model
-    parameters = sum(p.numel() for p in model.parameters())
-    answers = config.prompts_per_step * config.group_size
-    dtype = str(model.dtype).removeprefix("torch.")
-    device, host = estimate_gib(trainer)
-    processes, n = "", distributed.world_size()
-    if n > 1:
-        processes = f", by {n} processes with {'a slice' if is_sharded(model) else 'all'} of the weights each"
-    return (
-        f"{config.ckpt}: {parameters / 1e6:.1f} M parameters in {dtype} on {model.device}; "
-        f"{config.task}, {config.loss_type}\n"
-        f"a step: {config.prompts_per_step} prompts x {config.group_size} answers x up to "
-        f"{config.max_new_tokens} tokens, "
-        f"{answers * config.max_new_tokens:,} at most{processes}; {config.steps} steps\n"
-        f"memory: about {device:.1f} GiB" + (f" on {model.device}, {host:.1f} GiB beside it" if host else "")
-    )
-
-
-def estimate_gib(trainer: GRPO) -> tuple[float, float]:
-    """(on the model's device, in the memory of a host beside it): weights, gradients and the larger of activations of a
-    micro-batch and the cache of a rollout; fp32 masters and moments are the host's."""
-    model, c = trainer.model, trainer.config
-    sizes = model.config
-    element = model.dtype.itemsize
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in trainable(model))
-    on_cpu = model.device.type == "cpu"
-    state = trained * (8 + (0 if element == 4 and on_cpu else 4))
-    weights = parameters * element * (1 if trainer.reference in (None, model) else 2)
-    tokens = min(c.micro_batch_tokens, c.prompts_per_step * (128 + c.group_size * c.max_new_tokens))
-    layer = 12 * sizes.hidden_size * element + 5 * sizes.intermediate_size * element + 8 * sizes.hidden_size
-    activations = tokens * (layer * (1 if c.gradient_checkpointing else sizes.num_hidden_layers) + 2 * 8192 * element)
-    activations += tokens * sizes.num_hidden_layers * sizes.hidden_size * element
-    per_token = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * element
-    rows = min(512, c.prompts_per_step * c.group_size)
-    cache = rows * (c.max_new_tokens * per_token + 3 * 4 * sizes.vocab_size)
-    device = weights + trained * element + max(activations, cache)
-    beside = state if c.cpu_optimizer and not on_cpu else 0
-    return (device + state - beside) / 2**30, beside / 2**30
-
-
-def dry_run(trainer: GRPO) -> int:
-    """The largest possible step, with made-up answers, so that its memory is known; nothing is written."""
-    c = trainer.config
-    problems = trainer.task.problems("train", c.prompts_per_step)
-    batch = MiniBatch.from_problems(problems, trainer.tokenizer)
-    endless = _NeverStops(trainer.tokenizer)
-    episodes = rollout(trainer.model, endless, trainer.task, batch, trainer.sampling)
-    for i, episode in enumerate(episodes):
-        episode.advantage = 1.0 if i % 2 else -1.0
-    trainer.update(episodes)
-    peak = max(distributed.gather_each(peak_gib(trainer.model.device)))
-    say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")
-    return 0
-
-
-class _NeverStops:
-    """A tokenizer without stop ids."""
-
-    def __init__(self, tokenizer):
-        self.eos_token_ids, self.vocab_size, self.decode = (), tokenizer.vocab_size, tokenizer.decode
-
-
-def peak_gib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU's allocator, or of the process (ru_maxrss is in KiB, on macOS in bytes)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def main(argv: list[str] | None = None) -> int:

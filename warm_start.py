@@ -36,17 +36,21 @@ from torch import Tensor
 
 from data_types import Problem
 from math_task import ArithmeticTask, CountdownTask
-from model.attention import Layout, PackedAttention, Run
-from model.linear import gradients_in_place, return_free_memory
+from model.attention import PackedAttention
+from model.head_logprobs import token_logprobs
+from model.layout import Layout, Run
+from model.linear import gradients_in_place
+from model.memory import return_free_memory
+from model.qwen2_config import Qwen2Config
 from optimizer import MemoryEfficientAdamW
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
-from rollout.generation import SamplingParams, generate
+from qwen2_llm import Qwen2ForCausalLM
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run.pretrained import locate_pretrained
 from tasks.search_traces import draw_searcher, write_trace
 from tasks.sum_traces import draw_habits, write_working
 from tasks.task_base import Task
 from tokenizer import Tokenizer
-from update.losses import token_logprobs
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import common
 
-from qwen2_llm import Qwen2Config
+from model.qwen2_config import Qwen2Config
 from run.pretrained import locate_pretrained
 
 

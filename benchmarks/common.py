@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from model.qwen2_config import Qwen2Config  # noqa: E402
+from qwen2_llm import Qwen2ForCausalLM  # noqa: E402
 from run.pretrained import locate_pretrained  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 

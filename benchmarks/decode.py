@@ -22,15 +22,15 @@ import budget
 import common
 import torch
 
+from model import linear
+from model.linear import can_pack
 from rollout import decoding
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained
 
-VARIANTS = {  # name -> the arguments of generate() that differ from its defaults
-    "default": {},
-    "not packed": {"pack_weights": False},
-    "prompt a row": {"share_prompt": False},
-}
+# name -> the arguments of run() and generate() that differ from their defaults
+VARIANTS = {"default": {}, "not packed": {"packed": False}}
 CUDA_VARIANTS = {"default": {}, "no graphs": {"graphs": False}}
 PART_OF_MODULE = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate+up", "up_proj": "gate+up",
@@ -106,7 +106,8 @@ def measure_rows(model, tokenizer, args, rows: int, limits: tuple[float, float])
     variants = CUDA_VARIANTS if args.device.startswith("cuda") else VARIANTS
     prompts = common.random_prompts(rows // args.group_size, args.prompt_tokens, tokenizer.vocab_size, args.seed)
 
-    def run(new_tokens: int, **options):
+    def run(new_tokens: int, packed: bool = True, **options):
+        linear.can_pack = can_pack if packed else lambda weight: False
         params = SamplingParams(n=args.group_size, max_new_tokens=new_tokens)
         return generate(model, prompts, params, tokenizer=tokenizer, seed=args.seed, max_rows=rows, **options)
 

@@ -21,7 +21,8 @@ import common
 from data_types import Episode
 from grpo import update_policy
 from optimizer import MemoryEfficientAdamW
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained
 
 

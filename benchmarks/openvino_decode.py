@@ -35,7 +35,8 @@ from pathlib import Path
 import common
 import torch
 
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained, locate_pretrained
 
 SHAPE_KEYS = (

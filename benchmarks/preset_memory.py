@@ -2,7 +2,7 @@
 
     python benchmarks/preset_memory.py
 
-Nothing is loaded: models of the released sizes are built without storage, and train.estimate_gib counts. A real figure
+Nothing is loaded: models of the released sizes are built without storage, and run/memory_plan.py counts. A real figure
 is what `python train.py --config configs/NAME.yaml --dry-run` prints at its end.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -19,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.lora import add_lora  # noqa: E402
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from model.qwen2_config import Qwen2Config  # noqa: E402
+from qwen2_llm import Qwen2ForCausalLM  # noqa: E402
 from run.config import CONFIGS, load_config  # noqa: E402
-from train import estimate_gib  # noqa: E402
+from run.memory_plan import estimate_gib  # noqa: E402
 
 # The released config.json: hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied
 SIZES = {
@@ -44,7 +44,7 @@ def preset_gib(preset: Path) -> tuple[float, float] | None:
         model = Qwen2ForCausalLM(Qwen2Config(V, D, F, L, H, G, D // H, tie_word_embeddings=tied)).bfloat16()
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
-    return estimate_gib(SimpleNamespace(model=model, config=config, reference=None))
+    return estimate_gib(model, config, reference=None)
 
 
 def main() -> None:

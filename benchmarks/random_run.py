@@ -12,7 +12,8 @@ from pathlib import Path
 import common
 
 from data_types import Problem, Reward
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from model.qwen2_config import Qwen2Config
+from qwen2_llm import Qwen2ForCausalLM
 from tasks.task_base import Task
 
 VOCABULARY = 320

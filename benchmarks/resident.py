@@ -2,7 +2,7 @@
 
     python benchmarks/resident.py --ckpt models/Qwen2.5-0.5B-Instruct --steps 7
 
-`as it is`: pages of 4 KiB, and glibc keeps what is freed. `ours`: what linear.py asks for, large pages and memory that
+`as it is`: pages of 4 KiB, and glibc keeps what is freed. `ours`: what memory.py asks for, large pages and memory that
 goes back (`return_free_memory`). Each in a process of its own, taking turns. There is no optimizer state, which never
 moves. Prompts differ in length, as in a run; no answer ends early. Peak: the largest resident memory so far, with the
 pages of the checkpoint's file. Resident: anonymous memory after the update.
@@ -25,7 +25,7 @@ from step import AlternatingReward
 from data_types import MiniBatch
 from grpo import compute_advantages, rollout, update_policy
 from model import linear
-from rollout.generation import SamplingParams
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained
 
 

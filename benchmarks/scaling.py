@@ -30,6 +30,7 @@ import torch
 
 from data_types import MiniBatch, Reward
 from grpo import GRPO
+from model import linear
 from parallel import distributed
 from parallel.sharding import whole
 from rollout.generation import generate
@@ -110,7 +111,8 @@ def both_rollouts(args: argparse.Namespace, trainer: GRPO) -> dict[str, float]:
     Only because all answers have one length do the processes gather equally often.
     """
     ids = common.random_prompts(args.prompts, args.prompt_tokens, 256)
-    options = {"tokenizer": trainer.tokenizer, "pack_weights": False}
+    options = {"tokenizer": trainer.tokenizer}
+    linear.can_pack = lambda weight: False  # a sharded weight cannot be packed
     ways = {
         "rollout on a whole copy": lambda: generate(whole(trainer.model), ids, trainer.sampling, **options),
         "rollout block by block": lambda: generate(trainer.model, ids, trainer.sampling, **options),

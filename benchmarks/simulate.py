@@ -22,7 +22,7 @@ from pathlib import Path
 import budget
 import common
 
-from qwen2_llm import Qwen2Config
+from model.qwen2_config import Qwen2Config
 from run.pretrained import locate_pretrained
 
 BYTES_OF_A_TOKEN = 14  # of an episode, pickled: its id and its log-probability (benchmarks/transfer.py)

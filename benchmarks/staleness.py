@@ -16,8 +16,9 @@ import common
 import torch
 
 from data_types import MiniBatch
-from grpo import GRPO, rollout, score_episodes
+from grpo import GRPO, rollout
 from run.config import load_config, preset_for
+from update.scoring import score_episodes
 
 
 def drift(trainer: GRPO, episodes: list) -> dict[str, float]:

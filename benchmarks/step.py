@@ -31,7 +31,7 @@ from data_types import MiniBatch, Reward
 from grpo import compute_advantages, rollout, update_policy
 from math_task import CountdownTask
 from optimizer import MemoryEfficientAdamW
-from rollout.generation import SamplingParams
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained
 from tokenizer import Tokenizer
 

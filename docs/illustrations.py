@@ -23,7 +23,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.attention import Layout, PackedAttention  # noqa: E402
+from model.attention import PackedAttention  # noqa: E402
+from model.layout import Layout  # noqa: E402
 from run.pretrained import load_pretrained, locate_pretrained  # noqa: E402
 
 PROMPT = "<|im_start|>user\n[19, 10, 25, 3] = 37<|im_end|>\n<|im_start|>assistant\n<think>\n"

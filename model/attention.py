@@ -4,8 +4,8 @@ The model runs on flat token rows [N, D] and is handed one of the strategies bel
 
     attend(layer, q_NHK, k_NGK, v_NGK) -> o_NHK
 
-so that one forward pass serves training, prefill and decoding. A `Layout` says which rows form a sequence and
-which earlier rows (the shared prompt of a GRPO group) stand before it; positions and masks follow from it.
+so that one forward pass serves training, prefill and decoding. A `Layout` (layout.py) says which rows form a
+sequence and which earlier rows (the shared prompt of a GRPO group) stand before it.
 
     EagerAttention     softmax(q k^T / sqrt(K) + mask) v, written out; can record its weights. The slow twin of the rest
     PackedAttention    training: causal sequences, each behind its (shared) prefix, without padding
@@ -23,7 +23,6 @@ K head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,67 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.flash_cpu import flash_attention, prefix_spans, rectangles
+from model.layout import Layout
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Rows [start, start + length) are one causal sequence; rows [prefix_start, + prefix_length) stand before it."""
-
-    start: int
-    length: int
-    prefix_start: int = 0
-    prefix_length: int = 0
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + self.length)
-
-    @property
-    def prefix_rows(self) -> slice:
-        return slice(self.prefix_start, self.prefix_start + self.prefix_length)
-
-
-class Layout:
-    """How flat token rows form sequences.
-
-    `Layout.causal([5, 3])` is two sequences end to end. `Layout.shared_prefix([4], [[2, 3]])` is a prompt of 4 rows
-    followed by its responses of 2 and 3 rows, each of which sees the prompt and itself, and not its sibling.
-    """
-
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = list(runs)
-        self.n_rows = sum(run.length for run in self.runs)
-
-    @classmethod
-    def causal(cls, lengths: Sequence[int]) -> Layout:
-        return cls.shared_prefix(lengths, [[] for _ in lengths])
-
-    @classmethod
-    def shared_prefix(cls, prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]]) -> Layout:
-        runs, start = [], 0
-        for prompt_length, lengths in zip(prompt_lengths, response_lengths, strict=True):
-            prompt = Run(start, prompt_length)
-            runs.append(prompt)
-            start += prompt_length
-            for length in lengths:
-                runs.append(Run(start, length, prompt.start, prompt.length))
-                start += length
-        return cls(runs)
-
-    def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """[N] position of each row in its own text: a response goes on counting where its prompt stopped."""
-        runs = [torch.arange(r.prefix_length, r.prefix_length + r.length) for r in self.runs]
-        return torch.cat(runs).to(device)
-
-    def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """[N, N] bool, True where row i may look at row j. Quadratic: for the eager reference only."""
-        mask = torch.zeros(self.n_rows, self.n_rows, dtype=torch.bool)
-        for run in self.runs:
-            mask[run.rows, run.rows] = torch.ones(run.length, run.length, dtype=torch.bool).tril()
-            mask[run.rows, run.prefix_rows] = True
-        return mask.to(device)
 
 
 class EagerAttention:

@@ -13,13 +13,11 @@ K head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.attention import Run
+from model.layout import Run
 
 
 def rectangles(runs: Sequence[Run], slack: float = 1.25) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -6,7 +6,6 @@ few numbers a token, and computes the slice again in the backward pass. `token_l
 
     logp, entropy = token_logprobs(hidden, model.lm_head.weight, targets, temperature)
 
-Called as `losses.token_logprobs`, with the other terms of the loss.
 
 Shape letters: M loss tokens, D hidden, V vocabulary, B slices of it. All in fp32 (fp64 stays fp64).
 """

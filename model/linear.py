@@ -10,10 +10,8 @@ Packing happens on entry and is forgotten on exit, so an update can never be mis
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.memory import return_free_memory
+
 # On a CPU, tensors of megabytes come and go all through a step, and in pages of 4 KiB the kernel hands each of them out
 # a quarter of a million times a gigabyte. This asks for pages of 2 MiB (Linux, docs/performance.md); torch looks at it
 # when it makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 RETURN_EVERY = 4  # rollouts; not each, because what follows has to ask for its memory again
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _in_place = False
 _packings = itertools.count()
@@ -147,17 +146,3 @@ def can_pack(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def return_free_memory() -> None:
-    """Give memory that was freed back to the system, and from now on keep less of it.
-
-    glibc holds on to freed pieces of up to 32 MiB. Rollout and update ask for pieces of ever other sizes, the holes
-    of some do not fit the next, and a process with a 0.5B model grows by 0.2 GiB a step without end. Pieces from
-    8 MiB on now come from the system and go back to it (docs/performance.md).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)  # the end of the heap, where small pieces come and go
-        libc.malloc_trim(0)

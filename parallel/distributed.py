@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_types import Episode
-from rollout.generation import is_out_of_memory
+from model.memory import is_out_of_memory
 
 T = TypeVar("T")
 BUCKET = 2**24  # elements of the gradient that are summed at a time: 64 MiB of fp32 beside it

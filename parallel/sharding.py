@@ -19,7 +19,7 @@ a run goes on with any number of processes, sharded or not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,8 +29,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from model.lora import add_lora, lora_layers
+from model.memory import halve_when_out_of_memory
 from optimizer import STATE_NAMES, MemoryEfficientAdamW
-from parallel.distributed import is_main, rank, sum_gradients, world_size
+from parallel.distributed import (
+    in_lockstep,
+    is_main,
+    my_groups,
+    rank,
+    sum_gradients,
+    telling_the_others,
+    world_size,
+)
 from qwen2_llm import Qwen2ForCausalLM
 
 
@@ -144,22 +153,30 @@ def _gather_rows(mine: Tensor, p: Tensor) -> Tensor | None:
     return torch.cat(parts)[: p.shape[0]] if is_main() else None
 
 
-def reduce_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Every `.grad` of the optimizer becomes that of the whole step: of sharded weights FSDP has summed it already."""
-    if isinstance(optimizer, ShardedAdamW):
-        optimizer.take_gradients()
-    else:
-        sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+def gradients_of_all_ranks(
+    gradient: Callable[[int], Any], step: Any, model: nn.Module, optimizer: torch.optim.Optimizer, max_tokens: int
+) -> tuple[Any, Tensor]:
+    """Let every rank compute `gradient(max_tokens)` for its groups of `step`, and add up: (totals, joint norm).
 
-
-def gradient_norm(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Tensor:
-    """The joint norm of all gradients, those of other ranks' slices too."""
+    step: update.packing.Step. It is restricted to this rank's groups here.
+    gradient: adds to `.grad` and returns update.step_metrics.StepTotals. It runs again with fewer tokens if memory
+        runs out. With sharded weights it cannot, and a RankError ends the run.
+    """
+    step.groups, step.lockstep = my_groups(step.episodes), is_sharded(model)
+    together = in_lockstep if is_sharded(model) else telling_the_others
+    totals = halve_when_out_of_memory(together(lambda size: gradient(size).of_all_ranks()), max_tokens)
+    if step.trains:
+        if isinstance(optimizer, ShardedAdamW):
+            optimizer.take_gradients()  # FSDP has summed them
+        else:
+            sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(optimizer, ShardedAdamW):
+    if isinstance(optimizer, ShardedAdamW):  # each rank has a slice
         square = norm.double().square()
         dist.all_reduce(square)
         norm = square.sqrt().to(norm.dtype)
-    return norm
+    return totals, norm
 
 
 class WholeState:

@@ -77,7 +77,8 @@ class Decoder:
         self.logprobs = torch.zeros(total + 1, cap, device=device)
         self.lengths = torch.zeros(total + 1, dtype=torch.long, device=device)
         self.stopped = torch.zeros(total + 1, dtype=torch.bool, device=device)
-        self.stop_ids = torch.tensor(tokenizer.eos_token_ids, device=device)
+        stop_ids = () if params.ignore_eos else tokenizer.eos_token_ids
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
         width = None if capture is None else -(-params.n // -(-params.n // WIDTH))  # equal pieces of a prompt's rows
         self.pieces = 1 if width is None else -(-params.n // width)

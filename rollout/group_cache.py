@@ -27,7 +27,7 @@ from model.attention import PrefillAttention
 from model.flash_cpu import attend_lse, merge_attention
 
 if TYPE_CHECKING:
-    from qwen2_llm import Qwen2Config
+    from model.qwen2_config import Qwen2Config
 
 
 class GroupCache:

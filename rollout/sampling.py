@@ -2,8 +2,8 @@
 
     ids, logprobs = sample(logits, u, SamplingParams(temperature=1.0), vocab_size)
 
-What is sampled is what training scores: both go through `losses.scale_logits` (temperature, and no ids beyond the
-tokenizer's vocabulary).
+What is sampled is what training scores: both call `head_logprobs.scale_logits` (temperature, and no ids
+beyond the tokenizer's vocabulary).
 
 Departure from the textbook: a token is drawn by inverting the cumulative distribution at a number u that was drawn
 before decoding began. So drawing needs no random state, and over a vocabulary of 151,936 the two-level search is
@@ -33,6 +33,7 @@ class SamplingParams:
     top_k (0: off), top_p (1: off), min_p (0: off) hide unlikely tokens; log-probabilities stay those of the whole
     distribution, so in training they bias the ratio. stop: strings that end an answer, kept in it; they are looked for
     in the text with its special tokens written out, so that one of those may be (part of) a stop string.
+    ignore_eos: stop ids end no answer, so every answer has max_new_tokens tokens (`train.py --dry-run`).
     """
 
     n: int = 1
@@ -42,6 +43,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self):
         if self.n < 1 or self.max_new_tokens < 1:

@@ -6,7 +6,7 @@ Where this departs from a plain `tyro.cli(Config)`:
   and floats such as `1e-6`, which YAML 1.1 takes for text, are read right;
 * an error is one line (a ValueError; the program prints it and exits with code 2), not a box of several;
 * a name that is not known is answered with the nearest one that is;
-* the `# --- title` comments between the fields of a dataclass become titles in `--help`.
+* the first line of the docstring of each base class is a title in `--help`.
 
 How to call it:
 
@@ -34,6 +34,7 @@ import yaml
 from run.closed_pipe import reader_may_go
 
 T = TypeVar("T")
+REMOVED = {"shared_prefix"}  # options of older versions, in the config.yaml of runs that are continued; ignored
 
 
 class _Capture(io.StringIO):
@@ -79,6 +80,8 @@ def yaml_flags(path: str | Path, schema: type) -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name in REMOVED:
+            continue
         if name not in hints:
             raise ValueError(f"{path}: {_unknown(str(key), list(hints))}")
         flags += _as_flag(f"{path}: {name}", flag_name(name), value, hints[name])
@@ -156,9 +159,13 @@ def _sentence(box: str) -> str:
 
 
 def _with_titles(help: str, schema: type) -> str:
-    """Put the dataclass's `# --- title` comments above the flags they stand above in the source."""
-    for title, field in re.findall(r"# --- (.+)\n\s+(\w+):", inspect.getsource(schema)):
-        line = re.search(rf"^│ {flag_name(field)}\b.*\n", help, flags=re.MULTILINE)
+    """Put the first line of each base class's docstring above the flags of that class."""
+    for group in schema.__bases__:
+        own = list(vars(group).get("__annotations__", {}))
+        if not own:
+            continue
+        title = inspect.cleandoc(group.__doc__ or group.__name__).splitlines()[0]
+        line = re.search(rf"^│ {flag_name(own[0])}\b.*\n", help, flags=re.MULTILINE)
         if line:
             rule = f"├─ {title} ".ljust(len(line[0]) - 2, "─") + "┤\n"
             help = help[: line.start()] + rule + help[line.start() :]

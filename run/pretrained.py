@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from model.qwen2_config import Qwen2Config
+from qwen2_llm import Qwen2ForCausalLM
 from run.config import Config
 from tokenizer import Tokenizer
 

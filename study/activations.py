@@ -32,7 +32,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attend, EagerAttention, Layout
+from model.attention import Attend, EagerAttention
+from model.layout import Layout
 from qwen2_llm import MLP, Attention, Qwen2ForCausalLM
 
 Edit = Callable[[Tensor], Tensor]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from model.head_logprobs import scale_logits
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from model.qwen2_config import Qwen2Config
+from qwen2_llm import Qwen2ForCausalLM
 from rollout.sampling import SamplingParams, filter_weights
 from study.activations import Trace, record
 from tokenizer import Tokenizer

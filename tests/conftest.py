@@ -11,7 +11,8 @@ import tokenizers
 import torch
 from hypothesis import settings
 
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from model.qwen2_config import Qwen2Config
+from qwen2_llm import Qwen2ForCausalLM
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from data_types import Episode
 from grpo import compute_advantages
 from model.attention import EagerAttention, KVCache
+from model.head_logprobs import token_logprobs
 from model.linear import Linear
 from model.lora import LoraLinear
+from model.qwen2_config import Qwen2Config
 from optimizer import adamw_
-from qwen2_llm import MLP, Block, Qwen2Config, RMSNorm, RotaryEmbedding, apply_rope
+from qwen2_llm import MLP, Block, RMSNorm, RotaryEmbedding, apply_rope
 from rollout.sampling import SamplingParams, filter_weights, inverse_cdf
 from update import losses
 
@@ -79,7 +81,7 @@ def attend_with_cache(cache_k, cache_v, length, q, k, v):
 
 def statistics(logits, targets, temperature=1.0):
     """The LM head is the identity, so that the logits are the hidden states."""
-    return losses.token_logprobs(logits, torch.eye(logits.shape[1]), targets, temperature, chunk=2)
+    return token_logprobs(logits, torch.eye(logits.shape[1]), targets, temperature, chunk=2)
 
 
 def group_advantages(rewards):

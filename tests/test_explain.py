@@ -11,7 +11,7 @@ from test_activations import make_model
 
 import explain
 from model.attention import KVCache, PrefillAttention
-from rollout.generation import SamplingParams
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained
 from study import anatomy
 

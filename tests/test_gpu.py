@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 # --- generation
 
 
-@pytest.mark.parametrize("options", [{"graphs": True}, {"graphs": False}, {"share_prompt": False}], ids=str)
+@pytest.mark.parametrize("options", [{"graphs": True}, {"graphs": False}], ids=str)
 @pytest.mark.parametrize("max_rows", [512, 9])
 @pytest.mark.parametrize(
     "params", [{"n": 3}, {"n": 12}, {"n": 1, "temperature": 0.0}, {"n": 3, "stop": ("e",)}], ids=str

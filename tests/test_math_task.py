@@ -15,20 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from math_task import (
-    ArithmeticTask,
-    CountdownTask,
-    MathDataset,
-    QuestionTask,
-    make_task,
-    task_from_config,
-    task_options,
-    write_math_tasks,
-)
+from math_task import ArithmeticTask, CountdownTask, make_task, task_from_config, task_options, write_math_tasks
 from run.config import Config
+from tasks.dataset_tasks import MathDataset
 from tasks.expressions import MAX_CHARS, MAX_DEPTH, ExpressionError, evaluate_expression, false_sums, plain_number
 from tasks.rewards import answer_block, format_reward
-from tasks.task_base import is_held_out
+from tasks.task_base import QuestionTask, is_held_out
 
 TASK = CountdownTask()
 PROBLEM = TASK.problem([3, 5, 2], target=13)

@@ -212,10 +212,19 @@ def test_the_rate_rises_evenly_and_then_stays_or_falls_along_a_cosine():
     assert rates == [0.25, 0.5, 0.75, 1.0, 1, 1, 1, 1, 1, 1]
     rates = [learning_rate(step, 1.0, "cosine", 4, 10, min_ratio=0.1) for step in range(1, 11)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[6] == pytest.approx(0.55)  # half way: half between 1 and 0.1
-    assert rates[9] == pytest.approx(0.1)
-    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+    assert rates[4] == 1.0  # the first step of the cosine has the full rate
+    assert rates[7] == pytest.approx(0.55)  # half way: half between 1 and 0.1
+    assert rates[9] > 0.1
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert learning_rate(11, 1.0, "cosine", 4, 10, min_ratio=0.1) == pytest.approx(0.1)
     assert learning_rate(12, 1.0, "cosine", 4, 10, min_ratio=0.1) == pytest.approx(0.1)  # past the end: stays
+
+
+def test_no_step_of_a_cosine_run_is_at_rate_0():
+    """A run of one step learns at the full rate, and the last step of a longer one still learns."""
+    assert learning_rate(1, 1.0, "cosine", 0, 1) == 1.0
+    for steps in (2, 3, 10):
+        assert min(learning_rate(step, 1.0, "cosine", 0, steps) for step in range(1, steps + 1)) > 0
 
 
 # --- copies in flight

@@ -17,8 +17,11 @@ from test_train import SMALL, metrics_of
 import grpo
 from data_types import MiniBatch
 from grpo import GRPO, compute_advantages, update_policy
+from model.memory import halve_when_out_of_memory, is_out_of_memory
 from rollout import generation
-from rollout.generation import SamplingParams, generate, halve_when_out_of_memory, is_out_of_memory
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
+from update import objective
 
 CPU_ERROR = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
@@ -99,7 +102,7 @@ def test_an_update_that_does_not_fit_gives_the_same_gradient_in_pieces(trainer, 
     episodes = compute_advantages(episodes)
     whole, pieces = (KeepGradients(trainer.model.parameters(), lr=0.0) for _ in range(2))
     expected = update_policy(trainer.model, whole, episodes)
-    real, rows = grpo.response_states, []
+    real, rows = objective.response_states, []
 
     def small_machine(model, micro):
         rows.append(len(micro.ids))
@@ -107,7 +110,7 @@ def test_an_update_that_does_not_fit_gives_the_same_gradient_in_pieces(trainer, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, micro)
 
-    monkeypatch.setattr(grpo, "response_states", small_machine)
+    monkeypatch.setattr(objective, "response_states", small_machine)
     metrics = update_policy(trainer.model, pieces, episodes, micro_batch_tokens=100)
     assert max(rows) > 90, "the machine was never too small"
     assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6)

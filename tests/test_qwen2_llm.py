@@ -16,7 +16,8 @@ from conftest import make_config, make_model, randomize
 from safetensors.torch import load_file, save_file
 
 from model import linear
-from model.attention import EagerAttention, Layout, PackedAttention
+from model.attention import EagerAttention, PackedAttention
+from model.layout import Layout
 from qwen2_llm import Qwen2ForCausalLM, RMSNorm, RotaryEmbedding, apply_rope
 
 ROOT = Path(__file__).parents[1]
@@ -315,14 +316,14 @@ def test_large_tensors_ask_for_huge_pages():
 def test_memory_that_was_freed_between_pieces_in_use_goes_back_to_the_system():
     """What glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
     code = """
-from model import linear
+from model import memory
 import torch
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 pieces = [torch.ones(16384) for _ in range(4096)]
 del pieces[::2]
 before = resident()
-linear.return_free_memory()
+memory.return_free_memory()
 print(before - resident(), sum(piece.sum().item() for piece in pieces))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

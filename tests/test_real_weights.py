@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 
-from model.attention import EagerAttention, KVCache, Layout, PrefillAttention
+from model.attention import EagerAttention, KVCache, PrefillAttention
+from model.layout import Layout
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.weights

@@ -7,7 +7,7 @@ import json
 import torch
 
 from grpo import GRPO
-from math_task import MathDataset
+from tasks.dataset_tasks import MathDataset
 
 
 def test_the_snippet_works_as_written(tmp_path, monkeypatch, capsys):
@@ -36,7 +36,7 @@ def test_the_answer_that_is_given_is_the_one_that_is_rewarded(monkeypatch):
     trainer = GRPO()
     trainer.config.max_new_tokens, judged = 16, []
     monkeypatch.setattr("grpo.rollout", lambda *args, **kw: judged.append((args[2], args[3])) or [])
-    monkeypatch.setattr(trainer, "_updates", lambda episodes: {"loss": 0.5})
+    monkeypatch.setattr(trainer, "update", lambda episodes: {"loss": 0.5})
     monkeypatch.setattr("grpo.reward_metrics", lambda *args: {})
     assert trainer.train_step("What is 12 + 7 * 3?", 33) == 0.5
     task, batch = judged[0]

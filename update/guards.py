@@ -133,6 +133,7 @@ class Guard:
         self.max_refusals = max_refusals
         self.refusals = 0
         self.diagnosis = ""  # of the last refusal
+        self._skipped = 0
         self._streaks: Counter[str] = Counter()
         self._silent_until: Counter[str] = Counter()
 
@@ -141,9 +142,15 @@ class Guard:
         return 0 < self.max_refusals <= self.refusals
 
     def refused(self, diagnosis: str) -> None:
-        """Tell why an update was refused, and keep it for the end of the run."""
+        """Warn why an update was refused, and keep the reason for the end of the run."""
         self.diagnosis = diagnosis
         logger.warning("the update was refused (%s); the weights stay as they were", diagnosis)
+
+    def skipped(self, reason: str) -> None:
+        """Warn that an update had nothing to do, at the first of every SILENCE such updates."""
+        if self._skipped % SILENCE == 0:
+            logger.warning("no update: %s; the weights stay as they were", reason)
+        self._skipped += 1
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         """Look at a step's metrics; warn where a sign of collapse has stood for PATIENCE steps, then be silent for

@@ -30,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.head_logprobs import scale_logits, token_logprobs, token_logprobs_eager  # noqa: F401  called from here
-
 LOG_RATIO_LIMIT = 20.0  # exp is continued by its tangent from here on: e^20 = 5e8, while e^89 overflows fp32
 
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from data_types import Episode
-from model.attention import Layout
+from model.layout import Layout
 from parallel.distributed import gather_each
+from run.options import LossOptions
 from update import losses
 
 
@@ -65,24 +66,27 @@ class Member(NamedTuple):
 class Step:
     """The episodes of one optimizer step.
 
-    everything: also compute episodes of advantage 0, which have no policy gradient but a divergence and an entropy.
-    before: scores of each episode by the training code before the rollout's first update (losses that ask for them).
-    groups: ids of those that are this process's to compute; None: all. The weights are those of the whole step.
-    lockstep: make as many micro-batches as every other rank, the last ones idle.
+    loss: gives the weights of the tokens. Episodes of advantage 0 are left out if they have no gradient (no divergence
+        and no entropy term). None: all episodes, to score them.
+    before: scores of each episode by the training code before the rollout's first update, for losses that need them.
+    groups: ids of the groups that this process computes. None: all. The weights are those of the whole step.
+    lockstep: make as many micro-batches as every other rank. The last ones are idle.
     Raises ValueError for episodes sampled in different ways.
     """
 
     def __init__(
-        self, episodes: Sequence[Episode], device: torch.device, loss_type: str = "dapo", *,
-        mask_truncated: bool = False, max_new_tokens: int | None = None, everything: bool = True,
-        shared_prefix: bool = True, before: Sequence[Scores] | None = None, groups: set[int] | None = None,
+        self, episodes: Sequence[Episode], device: torch.device, loss: LossOptions | None = None, *,
+        max_new_tokens: int | None = None, before: Sequence[Scores] | None = None, groups: set[int] | None = None,
         lockstep: bool = False,
     ):  # fmt: skip
         if len({(e.temperature, e.vocab_size) for e in episodes}) > 1:
             raise ValueError("the episodes of one update were sampled at different temperatures or vocabularies")
-        self.device, self.shared_prefix, self.before, self.lockstep = device, shared_prefix, before, lockstep
+        self.episodes, self.device, self.before = episodes, device, before
+        self.groups, self.lockstep = groups, lockstep
+        loss_type, masked = ("dapo", False) if loss is None else (loss.loss_type, loss.mask_truncated)
+        everything = loss is None or loss.needs_equal_groups
         self.sampled_by = (episodes[0].temperature, episodes[0].vocab_size) if episodes else (1.0, None)
-        kept = [bool(e.response_ids) and not (mask_truncated and e.truncated) for e in episodes]
+        kept = [bool(e.response_ids) and not (masked and e.truncated) for e in episodes]
         lengths = torch.tensor([len(e.response_ids) for e in episodes], dtype=torch.long)
         longest = max_new_tokens or max([1, *lengths.tolist()])
         keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
@@ -91,7 +95,7 @@ class Step:
         # A reward that was NaN has advantage 0; with beta or an entropy term its tokens still count.
         trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
         self.trains = bool(trained)  # whether anybody has something to learn from
-        self.trained = [m for m in trained if groups is None or m.episode.group_id in groups]
+        self.trained = trained
         self.answer_weight = 1 / max(1, sum(kept))
 
     def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
@@ -115,7 +119,9 @@ class Step:
         """Episodes that share a prompt's computation: of one group, and with the same prompt ids."""
         groups = defaultdict(list)
         for member in self.trained:
-            key = (member.episode.group_id, tuple(member.episode.prompt_ids)) if self.shared_prefix else member.number
+            if self.groups is not None and member.episode.group_id not in self.groups:
+                continue
+            key = (member.episode.group_id, tuple(member.episode.prompt_ids))
             groups[key].append(member)
         pieces = []
         for group in groups.values():

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from data_types import Episode
 from model.attention import PackedAttention
+from model.head_logprobs import token_logprobs
+from model.memory import halve_when_out_of_memory
 from parallel.distributed import gather_each, in_lockstep, rank
 from parallel.sharding import is_sharded
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.generation import halve_when_out_of_memory
 from update import losses
 from update.packing import MicroBatch, Scores, Step
 
@@ -35,19 +36,19 @@ def response_states(model: Qwen2ForCausalLM, micro: MicroBatch) -> Tensor:
 
 def score_states(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
     """The same as `score`, from hidden states that one has already."""
-    return losses.token_logprobs(hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size)
+    return token_logprobs(hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size)
 
 
 @torch.no_grad()
 def score_episodes(
     model: Qwen2ForCausalLM, episodes: Sequence[Episode], *, keep_hidden: bool = False,
-    micro_batch_tokens: int = 16384, shared_prefix: bool = True, groups: set[int] | None = None,
+    micro_batch_tokens: int = 16384, groups: set[int] | None = None,
 ) -> list[Scores]:  # fmt: skip
     """What the model says of each episode's tokens, without a gradient and without dropout.
 
     groups: ids of those that are asked for, None: all; the others' episodes get empty scores.
     """
-    step = Step(episodes, model.device, shared_prefix=shared_prefix, groups=groups, lockstep=is_sharded(model))
+    step = Step(episodes, model.device, groups=groups, lockstep=is_sharded(model))
     nothing = Scores(torch.zeros(0), torch.zeros(0, model.config.hidden_size) if keep_hidden else None)
     scores = [nothing] * len(episodes)
 
@@ -62,8 +63,10 @@ def score_episodes(
 
     was_training = model.training
     model.eval()
-    halve_when_out_of_memory(in_lockstep(score_all) if is_sharded(model) else score_all, micro_batch_tokens)
-    model.train(was_training)
+    try:
+        halve_when_out_of_memory(in_lockstep(score_all) if is_sharded(model) else score_all, micro_batch_tokens)
+    finally:
+        model.train(was_training)
     return scores
 
 

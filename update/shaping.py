@@ -23,11 +23,13 @@ from update.step_metrics import has_signal
 
 
 def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
-    """Episodes of groups whose rewards differ, and the others, which say nothing (DAPO's dynamic sampling, 3.2). A
-    group with an answer whose logits were not finite stays, so that the update is refused."""
+    """(episodes of groups whose rewards differ, the other episodes): DAPO's dynamic sampling, section 3.2.
+
+    The task's own rewards decide. Penalties of the trainer (length, divergence) would let a group of wrong responses
+    train on its lengths. A group with a response whose logits were not finite stays, so that the update is refused."""
     groups = defaultdict(list)
     for episode in episodes:
-        groups[episode.group_id].append(episode.reward)
+        groups[episode.group_id].append(episode.task_reward)
     broken = {e.group_id for e in episodes if e.finish_reason == "not_finite"}
     tells = {group for group, rewards in groups.items() if has_signal(rewards)} | broken
     return [e for e in episodes if e.group_id in tells], [e for e in episodes if e.group_id not in tells]
@@ -41,13 +43,18 @@ def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: in
 
 
 def penalise_divergence(
-    reference: Qwen2ForCausalLM, episodes: Sequence[Episode], beta: float, kl: str = "k1", **packing: int | bool
+    reference: Qwen2ForCausalLM,
+    episodes: Sequence[Episode],
+    beta: float,
+    kl: str = "k1",
+    *,
+    micro_batch_tokens: int = 16384,
 ) -> list[Episode]:
     """Take beta * KL(sampler || reference) from each reward, estimated on the answer's own tokens and summed over them
     (Ouyang et al. 2022, arXiv 2203.02155, eq. 2). The estimate is the reward part `kl`."""
     groups = my_groups(episodes)
     with adapters_off(reference):
-        scores = score_episodes(reference, episodes, groups=groups, **packing)
+        scores = score_episodes(reference, episodes, groups=groups, micro_batch_tokens=micro_batch_tokens)
     mine = {
         i: float(losses.kl_penalty(torch.tensor(e.logprobs), scores[i].logp, kl).sum())
         for i, e in enumerate(episodes)
@@ -59,4 +66,5 @@ def penalise_divergence(
 
 def _add_part(episode: Episode, name: str, value: float, weight: float) -> Episode:
     parts = {**episode.reward_parts, name: value}
-    return replace(episode, reward=episode.reward + weight * value, reward_parts=parts)
+    reward = episode.reward + weight * value
+    return replace(episode, reward=reward, unshaped_reward=episode.task_reward, reward_parts=parts)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from data_types import Episode
-from math_task import Task
 from parallel.distributed import gather_each
+from tasks.task_base import Task
 
 Metrics = dict[str, float]
 
@@ -90,13 +90,15 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
     diagnostics (the share of false sums, say), which are never paid for."""
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     groups: dict[int, list[float]] = {e.group_id: [] for e in episodes}
+    own: dict[int, list[float]] = {e.group_id: [] for e in episodes}  # without the trainer's penalties
     for e in episodes:
         if not math.isnan(e.reward):
             groups[e.group_id].append(e.reward)
+            own[e.group_id].append(e.task_reward)
     metrics = {
         "reward": rewards.nanmean().item(),
         "reward_std": fmean(pstdev(group) if group else 0.0 for group in groups.values()),
-        "frac_reward_zero_std": fmean(not has_signal(group) for group in groups.values()),
+        "frac_reward_zero_std": fmean(not has_signal(group) for group in own.values()),
         "completions/mean_length": fmean(len(e.response_ids) for e in episodes),
         "completions/clipped_ratio": fmean(e.truncated for e in episodes),
     }

@@ -11,15 +11,14 @@ from conftest import make_config, make_model
 from model.attention import (
     EagerAttention,
     KVCache,
-    Layout,
     PackedAttention,
     PrefillAttention,
-    Run,
     _varlen_index,
     attend_each_run,
     check_varlen,
 )
 from model.flash_cpu import attend_lse, merge_attention
+from model.layout import Layout, Run
 from rollout.group_cache import GroupCache
 
 H, G, K = 4, 2, 8

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from update.losses import policy_loss, scale_logits, token_logprobs, token_logprobs_eager, weighted_sum
+from model.head_logprobs import scale_logits, token_logprobs, token_logprobs_eager
+from update.losses import policy_loss, weighted_sum
 
 
 def randn(*shape, seed=0, dtype=torch.float32, scale=1.0):

@@ -11,6 +11,7 @@ import transformers
 from conftest import make_config, make_model
 from safetensors.torch import load_file
 
+from model.head_logprobs import token_logprobs
 from model.linear import Linear, packed_weights
 from model.lora import (
     TARGETS,
@@ -27,7 +28,6 @@ from model.lora import (
 )
 from optimizer import MemoryEfficientAdamW
 from qwen2_llm import Qwen2ForCausalLM
-from update.losses import token_logprobs
 
 IDS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(5))
 

@@ -22,8 +22,8 @@ from test_grpo import EvenLetters, Recorder, make_episodes, near
 import grpo
 from data_types import MiniBatch, Reward
 from grpo import GRPO, compute_advantages, rollout, update_policy
-from parallel import distributed
-from rollout.generation import SamplingParams
+from parallel import distributed, sharding
+from rollout.sampling import SamplingParams
 from run.config import Config, parse_args
 from run.run_log import NoLog, RunLog
 from tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def one_infinite() -> list:
 
 def out_of_memory() -> dict:
     """The first rank that gets a micro-batch of more than 30 tokens has no room for it."""
-    real, sizes, real_halving = grpo.micro_loss, [], grpo.halve_when_out_of_memory
+    real, sizes, real_halving = grpo.micro_batch_loss, [], sharding.halve_when_out_of_memory
 
     def small(o, model, reference, micro, *others):
         if len(micro.ids) > 30 and distributed.is_main():
@@ -80,11 +80,13 @@ def out_of_memory() -> dict:
     def watched(work, size):
         return real_halving(lambda tokens: sizes.append(tokens) or work(tokens), size)
 
-    grpo.micro_loss, grpo.halve_when_out_of_memory = small, watched
+    grpo.micro_batch_loss = small
+    grpo.halve_when_out_of_memory = sharding.halve_when_out_of_memory = watched
     try:
         return gradients(uneven_episodes()) | {"sizes": sizes}
     finally:
-        grpo.micro_loss, grpo.halve_when_out_of_memory = real, real_halving
+        grpo.micro_batch_loss = real
+        grpo.halve_when_out_of_memory = sharding.halve_when_out_of_memory = real_halving
 
 
 class FirstLetter(EvenLetters):

@@ -72,13 +72,13 @@ def runs_out_of_memory() -> str:
     def no_room(*args):
         raise MemoryError
 
-    real, grpo.micro_loss = grpo.micro_loss, no_room
+    real, grpo.micro_batch_loss = grpo.micro_batch_loss, no_room
     try:
         sliced_gradients(uneven_episodes())
     except distributed.RankError as error:
         return str(error)
     finally:
-        grpo.micro_loss = real
+        grpo.micro_batch_loss = real
     return "nothing"
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_model
+from plain_decode import decode_plainly
 from test_generation import PROMPTS, stopping_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from model import memory
+from model.memory import rows_that_fit
 from rollout import decoding, generation
 from rollout.decode_graph import Recorder
 from rollout.decoding import Decoder, _pieces, _reach, stop_string_end
-from rollout.generation import decode_plainly, generate
+from rollout.generation import generate
 from rollout.sampling import SamplingParams
 
 
@@ -160,9 +163,9 @@ def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatc
     """Rows are as many as a part of memory holds, whatever max_rows says; at least one."""
     model, given = make_model(), []
     token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
-    monkeypatch.setattr(generation.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
-    assert generation.rows_that_fit(model, 21) == 30
-    assert generation.rows_that_fit(model, 10**9) == 1
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
+    assert rows_that_fit(model.config, 21, model.dtype, model.device) == 30
+    assert rows_that_fit(model.config, 10**9, model.dtype, model.device) == 1
     real = generation.decode
     monkeypatch.setattr(generation, "decode", lambda *a: given.append(a[5]) or real(*a))
     generate(model, PROMPTS, SamplingParams(n=3, max_new_tokens=12), tokenizer=tokenizer)
@@ -184,17 +187,16 @@ def test_graphs_need_cuda(tokenizer):
 # --- what must not end in an index error
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused(value, temperature, share_prompt, tokenizer):
+def test_logits_that_are_not_finite_are_refused(value, temperature, tokenizer):
     """CHECKLIST 44. One clear line, on a GPU no fault of the device."""
     model = make_model()
     with torch.no_grad():
         model.model.norm.weight[3] = value
     params = SamplingParams(n=2, max_new_tokens=20, temperature=temperature)
     with pytest.raises(ValueError, match=r"logits are not finite at token 0 of an answer to prompt 0") as error:
-        generate(model, PROMPTS, params, tokenizer=tokenizer, share_prompt=share_prompt)
+        generate(model, PROMPTS, params, tokenizer=tokenizer)
     assert "\n" not in str(error.value)
 
 

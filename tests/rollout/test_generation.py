@@ -36,11 +36,10 @@ def reference_answer(model, prompt: list[int], u: list[float], temperature: floa
     return ids[len(prompt) :]
 
 
-def answers(model, prompts, tokenizer, seed: int = 0, max_rows: int = 512, share_prompt: bool = True, **params):
+def answers(model, prompts, tokenizer, seed: int = 0, max_rows: int = 512, **params):
     settings = {"n": 3, "max_new_tokens": 12} | params
     return generate(
-        model, prompts, SamplingParams(**settings), tokenizer=tokenizer, seed=seed, max_rows=max_rows,
-        share_prompt=share_prompt,
+        model, prompts, SamplingParams(**settings), tokenizer=tokenizer, seed=seed, max_rows=max_rows
     )  # fmt: skip
 
 
@@ -68,12 +67,11 @@ def stopping_model(bias: float, stops: tuple[int, ...] = (256, 258)):
 # --- what is sampled
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
-def test_answers_are_those_of_a_plain_sampler(temperature, share_prompt, tokenizer):
+def test_answers_are_those_of_a_plain_sampler(temperature, tokenizer):
     """CHECKLIST 27, CHECKLIST 36. Ragged prompts, rows that leave: id for id what full forwards give."""
     model = stopping_model(2.0)
-    completions = answers(model, PROMPTS, tokenizer, temperature=temperature, share_prompt=share_prompt)
+    completions = answers(model, PROMPTS, tokenizer, temperature=temperature)
     uniforms = generation.uniform_numbers(PROMPTS, SamplingParams(n=3, max_new_tokens=12), seed=0)
     assert len({len(ids) for ids in response_ids(completions)}) > 2
     for i, (completion, u) in enumerate(zip(completions, uniforms.tolist(), strict=True)):
@@ -463,11 +461,13 @@ def test_the_models_mode_is_left_as_it_was(training, tokenizer):
 
 
 @pytest.mark.parametrize("pack_weights", [True, False])
-def test_bf16_answers_are_scored_near_rounding(pack_weights, tokenizer):
+def test_bf16_answers_are_scored_near_rounding(pack_weights, tokenizer, monkeypatch):
     """CHECKLIST 2. Packed weights or not: the sampler's log-probabilities are those of the same bf16 weights."""
     model = make_model().bfloat16()
     params = SamplingParams(n=8, max_new_tokens=10)
-    completions = generate(model, PROMPTS, params, tokenizer=tokenizer, pack_weights=pack_weights)
+    if not pack_weights:
+        monkeypatch.setattr("model.linear.can_pack", lambda weight: False)
+    completions = generate(model, PROMPTS, params, tokenizer=tokenizer)
     differences = []
     for completion in completions:
         ids = completion.prompt_ids + completion.response_ids
@@ -478,20 +478,19 @@ def test_bf16_answers_are_scored_near_rounding(pack_weights, tokenizer):
     assert torch.cat(differences).max() < 0.2
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_an_answer_ends_where_logits_are_not_finite_or_the_call_is_refused(tiny_model, tmp_path, share_prompt):
+def test_an_answer_ends_where_logits_are_not_finite_or_the_call_is_refused(tiny_model, tmp_path):
     """CHECKLIST 44: one token of the vocabulary has an embedding that overflows; who draws it cannot go on."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
     tokenizer.eos_token_ids = (256,)  # of logits that are no numbers the last id is drawn: it must not be a stop id
     prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(n=4, max_new_tokens=12)
-    whole = generate(tiny_model, prompts, params, tokenizer=tokenizer, share_prompt=share_prompt)
+    whole = generate(tiny_model, prompts, params, tokenizer=tokenizer)
     drawn = whole[2].response_ids[4]
     tiny_model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, output: output.masked_fill((inputs[0] == drawn)[:, None], torch.inf)
     )
     with pytest.raises(ValueError, match=r"not finite at token \d+ of an answer to prompt \d"):
-        generate(tiny_model, prompts, params, tokenizer=tokenizer, share_prompt=share_prompt)
-    found = generate(tiny_model, prompts, params, tokenizer=tokenizer, share_prompt=share_prompt, must_be_finite=False)
+        generate(tiny_model, prompts, params, tokenizer=tokenizer)
+    found = generate(tiny_model, prompts, params, tokenizer=tokenizer, must_be_finite=False)
     for a, b in zip(whole, found):
         cut = a.response_ids.index(drawn) + 1 if drawn in a.response_ids[:-1] else len(a.response_ids)
         broken = cut < len(a.response_ids)

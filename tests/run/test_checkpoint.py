@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.qwen2_config import Qwen2Config
 from optimizer import MemoryEfficientAdamW
-from qwen2_llm import Qwen2Config, Qwen2ForCausalLM
+from qwen2_llm import Qwen2ForCausalLM
 from run import checkpoint
 from run.checkpoint import (
     find_checkpoint,

@@ -67,10 +67,10 @@ def test_every_preset_parses(preset):
 
 
 def test_underscores_dashes_lists_switches_and_none():
-    words = ["--numbers", "3", "--no_shared_prefix", "--amsgrad", "--delta", "None", "--betas", "0.8", "0.9"]
+    words = ["--numbers", "3", "--no_gradient_checkpointing", "--amsgrad", "--delta", "None", "--betas", "0.8", "0.9"]
     config = parse_args([*words, "--lora_targets=q_proj"])
     assert config.numbers == (3,)
-    assert (config.shared_prefix, config.amsgrad, config.delta) == (False, True, None)
+    assert (config.gradient_checkpointing, config.amsgrad, config.delta) == (False, True, None)
     assert config.betas == (0.8, 0.9)
     assert config.lora_targets == ("q_proj",)
 
@@ -109,7 +109,7 @@ def test_floats_that_yaml_takes_for_text(yaml_file):
     [
         (["--lo-rank", "3"], "unknown option --lo-rank, the nearest known one is --lora-rank"),
         (["--group_sise=4"], "nearest known one is --group-size"),
-        (["--no-shared-prefx"], "nearest known one is --shared-prefix"),
+        (["--no-gradient-checkpointin"], "nearest known one is --gradient-checkpointing"),
         (["--lr", "fast"], "--lr"),
         (["--device", "gpu"], "('auto', 'cpu', 'cuda', 'mps')"),
         (["--steps"], "--steps"),
@@ -169,7 +169,7 @@ def test_missing_and_binary_files(tmp_path):
         ({"temperature": float("inf")}, "expected a finite number"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.5}, "--top-p 1.5: expected a number from 0 to 1"),
+        ({"top_p": 1.5}, "--top-p 1.5: expected a number above 0 and up to 1"),
         ({"epsilon_low": 1.5}, "--epsilon-low"),
         ({"epsilon_high": -0.1}, "--epsilon-high"),
         ({"numbers": (3, 0)}, "--numbers 0"),
@@ -207,7 +207,12 @@ def test_help_names_every_field_under_its_title():
         assert shown.returncode == 0
         text = shown.stdout.decode(encoding)
         assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(Config))
-    assert text.index("task and reward") < text.index("--task") < text.index("rollout") < text.index("--top-k")
+    assert (
+        text.index("Task and reward")
+        < text.index("--task")
+        < text.index("─ Rollout ─".encode(encoding, "replace").decode(encoding))
+        < text.index("--top-k")
+    )
     assert "(default: 192)" in text  # the defaults shown are those of the preset
 
 

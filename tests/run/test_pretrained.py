@@ -10,7 +10,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from math_task import CountdownTask
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run import pretrained
 from run.pretrained import load_pretrained, locate_pretrained
 

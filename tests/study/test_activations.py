@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from test_qwen2_llm import make_config, random_ids
 
-from model.attention import EagerAttention, Layout
+from model.attention import EagerAttention
+from model.layout import Layout
 from model.lora import add_lora
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.generation import SamplingParams, generate
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained, locate_pretrained
 from study.activations import edit, names, record
 

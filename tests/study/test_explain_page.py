@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import explain
-from rollout.generation import SamplingParams
+from rollout.sampling import SamplingParams
 from run.pretrained import load_pretrained, locate_pretrained
 from study import anatomy
 from tokenizer import Tokenizer

@@ -2,8 +2,8 @@
 
 import pytest
 
-from math_task import REWARD_PRESETS, CountdownTask
-from tasks.rewards import SCRIPTS, language_consistency, repetition_penalty, soft_overlong_penalty
+from math_task import CountdownTask
+from tasks.rewards import REWARD_PRESETS, SCRIPTS, language_consistency, repetition_penalty, soft_overlong_penalty
 
 
 @pytest.mark.parametrize(

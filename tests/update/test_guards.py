@@ -13,7 +13,6 @@ import torch
 from test_train import SMALL, EvenLetters, metrics_of, run
 
 import evaluate
-import grpo
 import train
 from data_types import Episode
 from grpo import GRPO, update_policy
@@ -21,7 +20,7 @@ from optimizer import MemoryEfficientAdamW
 from qwen2_llm import Qwen2ForCausalLM
 from rollout import decoding
 from run.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
-from update import guards
+from update import guards, scoring
 from update.guards import PATIENCE, SILENCE, Guard, collapse_signs
 from update.shaping import drop_zero_variance
 
@@ -42,13 +41,14 @@ def episodes() -> list[Episode]:
 def refuse(model: Qwen2ForCausalLM, batch: list[Episode]) -> str:
     """The diagnosis of a refused update, after which weights and moments are what they were."""
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=0.01)
-    before, told = [p.detach().clone() for p in model.parameters()], []
-    metrics = update_policy(model, optimizer, batch, refused=told.append)
+    before = [p.detach().clone() for p in model.parameters()]
+    guard = Guard()
+    metrics = update_policy(model, optimizer, batch, guard=guard)
     assert (metrics["update/skipped"], metrics["update/not_finite"]) == (1.0, 1.0)
     torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0, equal_nan=True)
     assert not optimizer.state
     assert all(p.grad is None for p in model.parameters())
-    (diagnosis,) = told
+    diagnosis = guard.diagnosis
     assert "\n" not in diagnosis
     return diagnosis
 
@@ -81,13 +81,13 @@ def test_a_weight_is_named(tiny_model):
 
 def test_a_log_probability_of_the_policy_is_named_with_its_episode(tiny_model, monkeypatch):
     """CHECKLIST 44: the model says NaN of one token only, in every pass."""
-    real = grpo.losses.token_logprobs
+    real = scoring.token_logprobs
 
     def nan_for_token_12(hidden, weight, targets, *args):
         logp, entropy = real(hidden, weight, targets, *args)
         return torch.where(targets == 12, math.nan, logp), entropy
 
-    monkeypatch.setattr(grpo.losses, "token_logprobs", nan_for_token_12)
+    monkeypatch.setattr(scoring, "token_logprobs", nan_for_token_12)
     diagnosis = refuse(tiny_model, episodes())
     assert "the policy's log-probability is not finite at token 0" in diagnosis
     assert "number 2 of the step" in diagnosis
@@ -137,15 +137,15 @@ def test_what_only_the_sum_overflows_is_told_so(tiny_model):
 
 def poison(monkeypatch, steps: range) -> None:
     """The first rollout answer of these steps has a log-probability that is not a number."""
-    real = GRPO.sample
+    real = GRPO.rollout
 
-    def sample(trainer, *args):
-        kept, dropped = real(trainer, *args)
+    def rollout(trainer, *args, **options):
+        kept, dropped = real(trainer, *args, **options)
         if trainer.step_count in steps:
             kept[0] = dataclasses.replace(kept[0], logprobs=[math.nan] * len(kept[0].logprobs))
         return kept, dropped
 
-    monkeypatch.setattr(GRPO, "sample", sample)
+    monkeypatch.setattr(GRPO, "rollout", rollout)
 
 
 def test_a_run_goes_on_after_refused_steps(checkpoint_folder, tmp_path, even_letters, monkeypatch, caplog):
