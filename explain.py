@@ -30,7 +30,7 @@ from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
 from run.closed_pipe import ReaderMayGo, reader_may_go
-from run.config import BUNDLED_CKPT
+from run.options import BUNDLED_CKPT
 from run.flags import normalise, parse_flags
 from run.pretrained import load_pretrained, locate_pretrained
 from study.anatomy import FILTERS, compare, look

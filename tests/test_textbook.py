@@ -19,18 +19,18 @@ import torch
 from conftest import make_config, make_model, write_tokenizer
 
 import textbook
-from config import Config, load_config, preset_for
 from data_types import Episode, MiniBatch, Problem, Reward
-from generation import generate, uniform_numbers
 from grpo import compute_advantages, rollout, update_policy
-from head_logprobs import token_logprobs
 from math_task import task_from_config
+from model.head_logprobs import token_logprobs
 from optimizer import MemoryEfficientAdamW
-from pretrained import locate_pretrained
-from sampling import SamplingParams
-from scoring import score_episodes
-from task_base import Task
+from rollout.generation import generate, uniform_numbers
+from rollout.sampling import SamplingParams
+from run.config import Config, load_config, preset_for
+from run.pretrained import locate_pretrained
+from tasks.task_base import Task
 from tokenizer import Tokenizer
+from update.scoring import score_episodes
 
 VOCAB, TEMPERATURE = 259, 0.8  # ids of the tokenizer; the model has 275
 PROMPTS = [[72, 101, 108], [10], [72, 101, 108, 108, 111, 44, 32, 119, 111], [5, 6]]
