@@ -30,8 +30,8 @@ from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
 from run.closed_pipe import ReaderMayGo, reader_may_go
-from run.options import BUNDLED_CKPT
 from run.flags import normalise, parse_flags
+from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
 from study.anatomy import FILTERS, compare, look
 from tokenizer import Tokenizer
