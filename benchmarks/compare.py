@@ -140,16 +140,22 @@ def table(runs: dict[str, dict[int, list[dict]]]) -> str:
 
 
 def draw(runs: dict[str, dict[int, list[dict]]], path: Path) -> None:
-    """Means over the seeds with the range as a band: evaluations at their steps, training metrics smoothed over 5."""
+    """Means over the seeds, with the range as a band. Held-out panels show evaluations (512 problems, one response
+    each), and training panels means over the last 5 steps. A panel that is 0 throughout is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"held-out problems solved, sampled": "eval_solved", "held-out problems solved, greedy":
-              "eval_greedy_solved", "share of false sums, held out": "eval_false_sums", "entropy (nats)": "entropy",
-              "tokens an answer": "completions/mean_length", "share of tokens clipped": "clipped"}  # fmt: skip
-    figure, axes = plt.subplots(2, 3, figsize=(11.5, 6), constrained_layout=True)
+    panels = {"held out: solved, sampled": "eval_solved", "held out: solved, greedy": "eval_greedy_solved",
+              "held out: share of false sums": "eval_false_sums", "training: entropy, nats": "entropy",
+              "training: tokens per response": "completions/mean_length",
+              "training: share of tokens clipped": "clipped"}  # fmt: skip
+    every = [list(seeds.values()) for seeds in runs.values()]
+    panels = {t: n for t, n in panels.items() if any(any(map(any, curves(records, n)[1])) for records in every)}
+    figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.2), layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     for axis, (title, name) in zip(axes.flat, panels.items()):
         for variant, seeds in runs.items():
             steps, rows = curves(list(seeds.values()), name)
@@ -160,7 +166,10 @@ def draw(runs: dict[str, dict[int, list[dict]]], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    seeds = sorted({seed for variant in runs.values() for seed in variant})
+    text = f"seeds {', '.join(map(str, seeds))}: mean, and range as a band" if len(seeds) > 1 else f"seed {seeds[0]}"
+    figure.suptitle(f"{text}; held out: one response per problem; training: mean of the last 5 steps", fontsize=9)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def curves(runs: list[list[dict]], name: str) -> tuple[list[int], list[list[float]]]:

@@ -1,4 +1,4 @@
-"""What the steps of exercises/grpo_steps.py have to do: numbers worked out by hand, loops, and torch's own AdamW."""
+"""Tests of exercises/grpo_steps.py: numbers by hand, loops, and the AdamW of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layers of exercises/qwen2_layers.py have to do: compared with loops, a number at a time."""
+"""Tests of exercises/qwen2_layers.py: comparison with loops, number by number."""
 
 from __future__ import annotations
 
@@ -121,11 +121,33 @@ def test_block_adds_each_half_to_the_stream_it_read_normed():
     close(y, middle + (middle + 3) ** 3)
 
 
+def test_append_to_cache_writes_in_place_behind_the_valid_tokens():
+    cache, new = random(N + 3, G, K), random(2, G, K, seed=1)
+    wanted = cache.clone()
+    wanted[4], wanted[5] = new[0], new[1]
+    mine.append_to_cache(cache, 4, new)
+    assert torch.equal(cache, wanted)
+
+
+@pytest.mark.parametrize(
+    ("length", "rows"),
+    [(0, ["100", "110", "111"]), (3, ["111100", "111110", "111111"]), (4, ["11111"])],
+)
+def test_cache_mask_by_hand(length, rows):
+    found = mine.cache_mask(length, len(rows))
+    assert found.dtype == torch.bool
+    assert [["0", "1"][x] for row in found.tolist() for x in row] == list("".join(rows))
+    assert found.shape == (len(rows), length + len(rows))
+
+
 @pytest.mark.parametrize("pieces", [[N], [1] * N, [3, 1, 2]])
 def test_attend_with_cache_equals_attention_over_the_whole(pieces):
     q, k, v = random(N, H, K), random(N, G, K, seed=1), random(N, G, K, seed=2)
     wanted = attention_by_loops(q, k, v, torch.ones(N, N, dtype=torch.bool).tril())
-    cache_k, cache_v = torch.full((N + 3, G, K), 50.0), torch.full((N + 3, G, K), 1e4)  # rubbish behind the valid
+    cache_k, cache_v = (
+        torch.full((N + 3, G, K), 50.0),
+        torch.full((N + 3, G, K), 1e4),
+    )  # other numbers behind the valid ones
     outputs, length = [], 0
     for size in pieces:
         new = slice(length, length + size)

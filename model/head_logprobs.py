@@ -2,10 +2,10 @@
 
 For 2,048 tokens and 151,936 ids the logits in fp32 are 1.16 GiB and their gradient as much again: they would be the
 largest tensors of a training step. `token_logprobs` goes through the head a slice of the vocabulary at a time, keeps a
-few numbers a token, and computes the slice again in the backward pass. `token_logprobs_eager` is its slow twin.
+few numbers a token, and computes the slice again in the backward pass. The reference implementation is in textbook.py:
+log-probabilities from complete logits.
 
     logp, entropy = token_logprobs(hidden, model.lm_head.weight, targets, temperature)
-
 
 Shape letters: M loss tokens, D hidden, V vocabulary, B slices of it. All in fp32 (fp64 stays fp64).
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -53,16 +52,6 @@ def token_logprobs(
     _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
     chunk = max(1, LOGITS_AT_ONCE // max(1, len(hidden_MD))) if chunk is None else chunk
     return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk)
-
-
-def token_logprobs_eager(
-    hidden_MD: Tensor, head_weight_VD: Tensor, targets_M: Tensor, temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The slow twin of `token_logprobs`: plain autograd through whole [M, V] logits."""
-    _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
-    logp_MV = F.log_softmax(scale_logits(hidden_MD @ head_weight_VD.T, temperature, vocab_size), dim=-1)
-    return logp_MV.gather(-1, targets_M[:, None]).squeeze(-1), -(logp_MV.exp() * logp_MV).sum(-1)
 
 
 def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None) -> None:

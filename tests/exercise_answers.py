@@ -1,6 +1,7 @@
-"""Answers to the exercises: the repository's own code called as an exercise is, and mistakes that are easily made.
+"""Answers to the exercises: the code of the repository with the signature of an exercise, and frequent mistakes.
 
-Used by test_exercises.py: each of `SOLUTIONS` passes the tests of its exercise, each of `WRONG` fails one.
+Used by test_exercises.py: each entry of `SOLUTIONS` passes the tests of its exercise, and each entry of `WRONG` fails
+one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from data_types import Episode
+from evaluate import pass_at_k
 from grpo import compute_advantages
 from model.attention import EagerAttention, KVCache
 from model.head_logprobs import token_logprobs
+from model.layout import Layout
 from model.linear import Linear
 from model.lora import LoraLinear
 from model.qwen2_config import Qwen2Config
@@ -21,8 +24,9 @@ from optimizer import adamw_
 from qwen2_llm import MLP, Block, RMSNorm, RotaryEmbedding, apply_rope
 from rollout.sampling import SamplingParams, filter_weights, inverse_cdf
 from update import losses
+from update.packing import Step
 
-# -------------------------------------------------------------------- the repository's code, called as an exercise is
+# --------------------------------------------- the code of the repository, with the signature of an exercise
 
 
 def config(**sizes: int) -> Qwen2Config:
@@ -79,6 +83,16 @@ def attend_with_cache(cache_k, cache_v, length, q, k, v):
     return cache.attend(0, q, k, v)
 
 
+def append_to_cache(cache, length, new):
+    """KVCache stores the new keys while it attends."""
+    attend_with_cache(cache, cache.clone(), length, new.repeat_interleave(2, 1), new, new)
+
+
+def cache_mask(length, T):
+    """The rows of a causal mask that belong to the new tokens."""
+    return Layout.causal([length + T]).mask()[length:]
+
+
 def statistics(logits, targets, temperature=1.0):
     """The LM head is the identity, so that the logits are the hidden states."""
     return token_logprobs(logits, torch.eye(logits.shape[1]), targets, temperature, chunk=2)
@@ -108,6 +122,64 @@ def lora_linear(x, weight, A, B, alpha):
     return filled(layer, lora_A=A, lora_B=B)(x)
 
 
+# The loop
+
+
+def shift_by_one(logits, ids, prompt_length):
+    """The rows that `Step` lists as predicting, for one response."""
+    episode = Episode(0, ids[:prompt_length].tolist(), ids[prompt_length:].tolist(), [0.0] * (len(ids) - prompt_length),
+                      "", "stop", advantage=1.0)  # fmt: skip
+    (micro,) = Step([episode], torch.device("cpu")).micro_batches(1000)
+    return logits[micro.predicting_rows], micro.targets
+
+
+def decode(forward, prompt, max_new_tokens, stop_ids):
+    response, new_ids, length = [], prompt, 0
+    while len(response) < max_new_tokens:
+        response.append(int(forward(new_ids, length)[-1].argmax()))
+        if response[-1] in stop_ids:
+            break
+        new_ids, length = response[-1:], length + len(new_ids)
+    return response
+
+
+def accumulate(term, parameters, micro_batches):
+    """With the weights of dapo, as an update does it."""
+    for parameter in parameters:
+        parameter.grad = None
+    total = sum(len(m) for m in micro_batches)
+    weights = losses.token_weights("dapo", torch.tensor([total]), total)
+    for micro, part in zip(micro_batches, weights.split([len(m) for m in micro_batches])):
+        losses.weighted_sum(term(micro), part).backward()
+
+
+def train_with(
+    advantages: Callable = lambda rewards: group_advantages(rewards),
+    weights: Callable = lambda lengths: losses.token_weights("dapo", lengths, 1),
+    sign: int = 1,
+) -> Callable:
+    """The exercise's loop; the arguments are places for mistakes."""
+
+    def train(logits, reward, steps, groups, group_size, lr):
+        T, _V = logits.shape
+        first, second, means = torch.zeros_like(logits), torch.zeros_like(logits), []
+        for step in range(1, steps + 1):
+            p = logits.softmax(-1).repeat(groups * group_size, 1)
+            tokens = inverse_cdf(p, torch.rand(len(p)))
+            rewards = reward(tokens.view(-1, T))
+            A = advantages(rewards.view(groups, group_size)).flatten()
+            leaf = logits.clone().requires_grad_()
+            logp = statistics(leaf.repeat(groups * group_size, 1), tokens)[0]
+            lengths = torch.full((len(A),), T)
+            terms = losses.policy_loss(logp, logp.detach(), A, lengths, loss_type="dapo")
+            (gradient,) = torch.autograd.grad(sign * losses.weighted_sum(terms.loss, weights(lengths)), leaf)
+            adamw_(logits, gradient, first, second, None, step, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+            means.append(rewards.mean().item())
+        return means
+
+    return train
+
+
 SOLUTIONS: dict[str, Callable] = {
     "rms_norm": rms_norm,
     "rope_angles": rope_angles,
@@ -115,6 +187,8 @@ SOLUTIONS: dict[str, Callable] = {
     "grouped_query_attention": grouped_query_attention,
     "swiglu": swiglu,
     "block": block,
+    "append_to_cache": append_to_cache,
+    "cache_mask": cache_mask,
     "attend_with_cache": attend_with_cache,
     "token_logprobs": lambda logits, targets, temperature: statistics(logits, targets, temperature)[0],
     "entropy": lambda logits: statistics(logits, torch.zeros(len(logits), dtype=torch.long))[1],
@@ -126,6 +200,12 @@ SOLUTIONS: dict[str, Callable] = {
     "token_weights": lambda lengths, loss_type, cap: losses.token_weights(loss_type, lengths, cap),
     "adamw_step": adamw_step,
     "lora_linear": lora_linear,
+    "shift_by_one": shift_by_one,
+    "decode": decode,
+    "accumulate": accumulate,
+    "kl_loss": lambda logp, ref_logp: losses.kl_penalty(logp, ref_logp, "k2"),
+    "pass_at_k": pass_at_k,
+    "train": train_with(),
 }
 
 
@@ -204,6 +284,55 @@ def adamw_with(corrected: bool = True, decoupled: bool = True, inside: bool = Fa
     return step_
 
 
+def append_a_copy(cache, length, new):
+    cache = torch.cat([cache[:length], new])
+    return cache
+
+
+def append_at_the_start(cache, length, new):
+    cache[: len(new)] = new
+
+
+def decode_with(again: bool = False, drop_stop: bool = False, one_more: bool = False) -> Callable:
+    """again: the prompt goes through the model twice. drop_stop: without the stop token. one_more: a useless call."""
+
+    def decode(forward, prompt, max_new_tokens, stop_ids):
+        response, new_ids, length = [], prompt, 0
+        if again:
+            forward(prompt, 0)
+            new_ids, length = prompt[-1:], len(prompt)
+        while len(response) < max_new_tokens:
+            token = int(forward(new_ids, length)[-1].argmax())
+            if token in stop_ids and drop_stop:
+                break
+            response.append(token)
+            if token in stop_ids:
+                break
+            new_ids, length = [token], length + len(new_ids)
+        if one_more:
+            forward(new_ids, length)
+        return response
+
+    return decode
+
+
+def accumulate_with(mean: Callable, together: bool = False, keep: bool = False) -> Callable:
+    """mean(terms, step size, number of micro-batches); together: one backward pass; keep: old gradients stay."""
+
+    def accumulate(term, parameters, micro_batches):
+        for parameter in parameters:
+            parameter.grad = parameter.grad if keep else None
+        total, losses_ = sum(len(m) for m in micro_batches), []
+        for micro in micro_batches:
+            losses_.append(mean(term(micro), total, len(micro_batches)))
+            if not together:
+                losses_.pop().backward()
+        if together:
+            sum(losses_).backward()
+
+    return accumulate
+
+
 def standardised(dim, correction: int) -> Callable:
     return lambda r: (r - r.mean(dim, keepdim=True)) / (r.std(dim, correction=correction, keepdim=True) + 1e-4)
 
@@ -225,6 +354,12 @@ WRONG: dict[str, list[Callable]] = {
         lambda x, n1, attention, n2, mlp: n2(n1(x + attention(x)) + mlp(n1(x + attention(x)))),  # post-norm
         lambda x, n1, attention, n2, mlp: x + attention(n1(x)) + mlp(n2(x)),  # both halves read the same stream
         lambda x, n1, attention, n2, mlp: n1(x) + attention(n1(x)) + mlp(n2(n1(x) + attention(n1(x)))),
+    ],
+    "append_to_cache": [append_a_copy, append_at_the_start],
+    "cache_mask": [
+        lambda length, T: torch.ones(T, length + T, dtype=torch.bool).tril(),  # aligned at the top left
+        lambda length, T: torch.ones(T, length + T, dtype=torch.bool),
+        lambda length, T: torch.ones(length + T, length + T, dtype=torch.bool).tril(),  # rows of the cached tokens, too
     ],
     "attend_with_cache": [
         cache_with_mask(lambda T, S: torch.ones(T, S, dtype=torch.bool)),  # new tokens see their successors
@@ -259,4 +394,31 @@ WRONG: dict[str, list[Callable]] = {
     ],
     "adamw_step": [adamw_with(corrected=False), adamw_with(decoupled=False), adamw_with(inside=True)],
     "lora_linear": [lambda x, W, A, B, alpha: x @ (W + alpha * B @ A).T, lambda x, W, A, B, alpha: x @ W.T],
+    "shift_by_one": [
+        lambda z, ids, n: (z[n:], ids[n:]),  # not shifted
+        lambda z, ids, n: (z[n:-1], ids[n + 1 :]),  # the first response token is lost
+        lambda z, ids, n: (z[:-1], ids[1:]),  # the prompt is trained, too
+    ],
+    "decode": [decode_with(again=True), decode_with(drop_stop=True), decode_with(one_more=True)],
+    "accumulate": [
+        accumulate_with(lambda terms, total, pieces: terms.mean() / pieces),
+        accumulate_with(lambda terms, total, pieces: terms.mean()),
+        accumulate_with(lambda terms, total, pieces: terms.sum() / total, together=True),
+        accumulate_with(lambda terms, total, pieces: terms.sum() / total, keep=True),
+    ],
+    "kl_loss": [
+        lambda logp, ref: logp - ref.detach(),  # k1
+        lambda logp, ref: losses.kl_penalty(logp, ref, "k3"),
+        lambda logp, ref: (ref - logp).square() / 2,  # pulls at the reference
+    ],
+    "pass_at_k": [
+        lambda n, correct, k: 1 - (1 - correct / n) ** k,
+        lambda n, correct, k: float(correct >= 1),
+        lambda n, correct, k: min(1.0, k * correct / n),
+    ],
+    "train": [
+        train_with(advantages=lambda r: r - r.mean()),  # one baseline for all groups
+        train_with(advantages=lambda r: r - r.mean(-1, keepdim=True), weights=lambda n: torch.zeros(int(n.sum()))),
+        train_with(sign=-1),
+    ],
 }

@@ -167,7 +167,7 @@ def test_the_figure_of_several_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "RESULTS", tmp_path / "results")
     for seed, solved in enumerate(([0.2, 0.4, 0.6], [0.3, 0.5, 0.7])):
         write_metrics(tmp_path / f"run-{seed}", solved)
-    figures.main("x", [tmp_path / "run-0", tmp_path / "run-1"])
+    figures.main(["x", str(tmp_path / "run-0"), str(tmp_path / "run-1")])
     said = capsys.readouterr().out.splitlines()
     assert said[2].startswith("| run-0 | 0.200 -> 0.600 |")
     assert said[2].endswith("| 1.0 |")  # minutes: two steps of 30 s
@@ -181,7 +181,7 @@ def test_the_figure_of_several_seeds(tmp_path, monkeypatch, capsys):
         path = tmp_path / f"run-{seed}" / "metrics.jsonl"
         lines = [json.loads(line) | {"eval_full_format": 0.25} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figures.main("x", [tmp_path / "run-0", tmp_path / "run-1"])
+    figures.main(["x", str(tmp_path / "run-0"), str(tmp_path / "run-1")])
     said = capsys.readouterr().out.splitlines()
     assert "eval_full_format" in said[0]
     assert "0.250 -> 0.250" in said[2]

@@ -1,7 +1,9 @@
-"""The exercises can be done: the repository's own code passes their tests; an empty and a plausible wrong one fail."""
+"""The exercises have solutions: the code of the repository passes their tests. Empty functions and frequent mistakes
+fail."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +19,7 @@ from exercise_answers import SOLUTIONS, WRONG
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "exercises"
-PARTS = ("qwen2_layers", "grpo_steps")
+PARTS = ("qwen2_layers", "grpo_steps", "training_loop")
 
 
 @pytest.fixture
@@ -113,7 +115,26 @@ def test_the_readme_refers_to_code_that_is_there():
     references = re.findall(r"`((?:\w+/)*\w+\.py):([\w.]+)`", text)
     assert len(references) == len(SOLUTIONS)
     assert all(hooks.find_line(file, name) > 0 for file, name in references)
-    assert all((FOLDER / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", text))
+    assert all((FOLDER / link.partition("#")[0]).is_file() for link in re.findall(r"\]\(([^)]+)\)", text))
+
+
+def test_the_exercises_need_torch_and_pytest_and_nothing_else():
+    """requirements.txt and pytest are enough, and the exercises do not import the repository."""
+    allowed = {"__future__", "collections", "itertools", "math", "pytest", "torch", *PARTS}
+    for file in FOLDER.glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {name.partition(".")[0] for name in names} <= allowed, file
+
+
+def test_the_exercises_run_in_a_folder_of_their_own(tmp_path):
+    """No conftest, setting or module of the repository is needed: unsolved exercises fail, and none has an error."""
+    for file in FOLDER.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "pass_at_k or cache_mask", "."]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert re.search(r"8 failed, \d+ deselected", done.stdout), done.stdout
 
 
 def test_the_main_suite_does_not_collect_the_exercises(pytestconfig):
