@@ -63,7 +63,7 @@ def _own_culprit(
     weights = _not_finite((name, p.detach()) for name, p in model.named_parameters())
     gradients = _not_finite((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     if weights:
-        return f"{_list('weight', weights)} is not finite: it was not finite before this step, load an earlier checkpoint"
+        return f"{_list('weight', weights)} is not finite, and was not before this step: load an earlier checkpoint"
     if (number := not_finite_answer(episodes)) is not None:
         token, episode = len(episodes[number].response_ids) - 1, describe(episodes[number], number)
         return f"the sampler's log-probability is not finite at token {token}; the first such episode is {episode}"
