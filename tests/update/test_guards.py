@@ -298,7 +298,7 @@ def test_a_sign_of_collapse_is_told_with_advice(sign):
     (found, advice), *others = collapse_signs(HEALTHY | SIGNS[sign]).items()
     assert sign in found
     assert not others
-    assert any(word in advice for word in ("--entropy-coef", "Raise it", "--group-size", "the task says"))
+    assert any(word in advice for word in ("--entropy-coef", "Raise it", "--group-size", "the task's warnings"))
 
 
 def test_no_entropy_was_measured_where_no_token_was_trained():
