@@ -277,7 +277,7 @@ def test_the_other_doors_end_in_one_line(checkpoint_folder, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "task_from_config", lambda config: EvenLetters(seed=config.seed))
     assert evaluate.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("evaluate.py: the model's logits are not finite at token 0 of an answer to prompt 0")
+    assert line.startswith("evaluate.py: the model's logits are not finite at token 0 of a response to prompt 0")
 
 
 # --- collapse
