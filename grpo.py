@@ -32,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def rollout(
         the finish reason "not_finite" and no reward. `update_policy` refuses a step that has one.
     """
     if sampling.filtered:
-        logger.warning("top-k, top-p or min-p is on: tokens are drawn from another distribution than is trained, "
+        logger.warning("top-k, top-p or min-p is on: the sampled distribution differs from the trained one, "
                        "which biases the ratio")  # fmt: skip
     alone = distributed.world_size() == 1
     completions = generate(
@@ -185,7 +186,7 @@ def update_policy(
     max_grad_norm: float = 1.0,
     micro_batch_tokens: int = 16384,
     guard: Guard | None = None,
-    **options: float | str | bool | None,
+    **options: Any,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
 
@@ -252,7 +253,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p.grad for p in _parameters(optimizer)]
+    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,6 +376,8 @@ class GRPO:
             if c.overlong_buffer:
                 episodes = penalise_length(episodes, c.max_new_tokens, c.overlong_buffer)
             if c.beta and c.kl_in == "reward":
+                if self.reference is None:
+                    raise ValueError(f"beta is {c.beta}, but there is no reference policy to compare with")
                 episodes = penalise_divergence(
                     self.reference, episodes, c.beta, c.kl, micro_batch_tokens=c.micro_batch_tokens
                 )
@@ -385,8 +388,9 @@ class GRPO:
         return kept, dropped
 
     def update(self, episodes: list[Episode]) -> Metrics:
-        """All updates of a rollout. The metrics are the last one's; those of sampler and trainer are the first one's,
-        because their difference is measured at equal weights."""
+        """All updates of a rollout. Returns the metrics of the last one, with `sampling/...` of the first one.
+
+        The difference between sampler and trainer is measured at equal weights, so only the first update shows it."""
         c, before = self.config, None
         loss = c if c.entropy_target is None else replace(c, entropy_coef=self.applied_entropy_coef)
         if c.updates_per_rollout > 1 and c.needs_rollout_scores:
@@ -395,7 +399,7 @@ class GRPO:
                 micro_batch_tokens=c.micro_batch_tokens,
             )  # fmt: skip
         if c.lora_rank and c.lora_dropout:
-            torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # dropout: the same in a run that was resumed
+            torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # a resumed run then has the same dropout
         first: Metrics = {}
         for _ in range(c.updates_per_rollout):
             metrics = update_policy(
@@ -413,8 +417,8 @@ class GRPO:
         return metrics
 
     def state_dict(self) -> dict[str, float]:
-        """The state that steps pass on besides weights and optimizer state, for the checkpoint."""
-        refusals = 0 if self.guard.gave_up else self.guard.refusals  # a run that is resumed after its end tries again
+        """The trainer's own state for the checkpoint, besides weights and optimizer state."""
+        refusals = 0 if self.guard.gave_up else self.guard.refusals  # a run that gave up may be resumed
         return {
             "entropy_coef": self.entropy_coef,
             "applied_entropy_coef": self.applied_entropy_coef,
@@ -426,7 +430,7 @@ class GRPO:
         self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
 
     def train_step(self, question: str, answer: str) -> float:
-        """One step on a single question, whose answer is a number or a text. Returns the loss."""
+        """One step on a single question. `answer`: a number or a text. Returns the loss."""
         questions = self.task if isinstance(self.task, QuestionTask) else self._questions()
         problem = questions.problem_from(question, answer)
         _, metrics = self.step(MiniBatch.from_problems([problem], self.tokenizer), task=questions, refill=False)

@@ -29,7 +29,7 @@ from tokenizer import Tokenizer
 CHECKPOINT = Path(__file__).parent / "assets" / "countdown-tiny"
 
 
-def all_logprobs(model, ids: list[int], temperature: float, vocab_size: int) -> torch.Tensor:
+def all_logprobs(model, ids: list[int], temperature: float, vocab_size: int | None) -> torch.Tensor:
     """Log-probability of every possible next token, after each token of `ids`. [T] -> [T, V] in fp32."""
     logits_TV = model(torch.tensor([ids]))[0, :, :vocab_size]  # the model may have more ids than the tokenizer: cut
     return torch.log_softmax(logits_TV.float() / temperature, dim=-1)
@@ -80,7 +80,7 @@ def group_advantages(rewards: list[float]) -> list[float]:
 
 def policy_loss(model, episodes: list[Episode], reference=None, beta=0.0, epsilon=0.2) -> torch.Tensor:
     """Loss of one optimizer step: clipped surrogate (PPO, arXiv 1707.06347) + beta * KL divergence from `reference`."""
-    loss, n_tokens = 0.0, sum(len(e.response_ids) for e in episodes)  # one denominator for the whole step
+    loss, n_tokens = torch.zeros(()), sum(len(e.response_ids) for e in episodes)  # one denominator for the whole step
     for e in episodes:
         logp = token_logprobs(model, e)  # [R]
         ratio = torch.exp(logp - torch.tensor(e.logprobs))  # policy / policy that sampled: 1 in the first update

@@ -1,19 +1,18 @@
-"""Supervised warm start: a model that has never searched learns the form of a search from written-out examples.
+"""Supervised warm start: a model learns the form of a search from written examples, before GRPO trains it.
 
-    python warm_start.py --out assets/countdown-tiny                  # the bundled tiny model, from nothing, in minutes
-    python warm_start.py --ckpt FOLDER --out models/cold-started      # an existing checkpoint, in its own words
+    python warm_start.py --out assets/countdown-tiny                  # the bundled tiny model, from scratch, in minutes
+    python warm_start.py --ckpt FOLDER --out models/cold-started      # an existing checkpoint with its own chat format
     python warm_start.py --ckpt FOLDER --out models/worked --task arithmetic
 
-From nothing: a small byte-pair tokenizer is trained on traces (search_traces.py for Countdown, sum_traces.py for
-arithmetic), and then a Qwen2 of 0.83 M parameters on a stream of them that never repeats. With `--ckpt`, the
-checkpoint's own tokenizer, chat template and the full prompt style are used, and far fewer traces are enough. They
-are imperfect on purpose: what is learnt here is the form, honest arithmetic and a wide mix of habits; which of them
-solve problems is what GRPO finds out (train.py).
+From scratch: a small byte-pair tokenizer is trained on example responses, called traces (search_traces.py for
+Countdown, sum_traces.py for arithmetic). Then a Qwen2 of 0.83 M parameters is trained on a stream of traces that never repeats.
+With `--ckpt`, the checkpoint's own tokenizer and chat template and the full prompt style are used, and far fewer traces
+are enough. The traces are imperfect on purpose. They teach the form, correct arithmetic and many habits of search. GRPO
+(train.py) then reinforces the habits that solve problems.
 
-The loss is the mean over response tokens, the stop token included; the prompt is read and not learnt. Texts lie end to
-end without padding. Where prompts are longer than traces, `--traces-per-problem` writes several under each, which is
-read once for all of them. The same options and seed give the same weights on the same machine with the same thread
-count.
+The loss is the mean over response tokens, the stop token included. The prompt has no loss. Texts lie end to end without
+padding. If prompts are longer than traces, use `--traces-per-problem`: several traces then share one prompt, which is
+computed once. The same options and seed give the same weights on the same machine with the same thread count.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ from tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them
-# How text is cut before byte pairs are merged. The tokenizer is saved with Qwen2's own pattern, which transformers puts
-# in place whatever the file says; merges are learnt within finer pieces, so that no two signs are ever glued together.
+# Patterns that cut text before byte pairs are merged. The tokenizer is saved with Qwen2's own pattern, because
+# transformers always uses that one for Qwen2. Merges are learned within finer pieces, so no token joins two signs.
 QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -66,68 +65,68 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-RETURN_EVERY = 8  # optimizer steps of a large model after which freed memory goes back to the system
+RETURN_EVERY = 8  # optimizer steps of a large model between two returns of free memory to the system
 
 
 @dataclass
 class Options:
-    """Where two defaults are given, the first is for a fresh model and the second for --ckpt."""
+    """If a help text gives two defaults, the first is for a new model and the second for --ckpt."""
 
     out: str = "runs/warm-start"
     """Folder to write the checkpoint to."""
     ckpt: str | None = None
-    """Checkpoint to start from, as train.py takes it; None: a fresh tiny model with a fresh tokenizer."""
+    """Checkpoint to start from, as train.py takes it; None: a new tiny model with a new tokenizer."""
     tokens: int | None = None
     """Tokens to train on, prompts included; None: 12 M or 300,000."""
     batch_tokens: int = 3000
-    """Tokens an optimizer step; small batches stay in the cache and are twice as fast on a CPU."""
+    """Tokens per optimizer step. Small batches stay in the CPU's cache and are twice as fast."""
     lr: float | None = None
-    """Highest learning rate, cosine to 0 after a short warm-up; None: 3e-3 or 1e-5."""
+    """Highest learning rate: a short warm-up, then cosine to 0. None: 3e-3 or 1e-5."""
     traces_per_problem: int = 1
-    """Traces under each prompt, with habits of their own; the prompt is computed and counted once."""
+    """Traces per prompt, each with its own habits. The prompt is computed and counted once."""
     room: int | None = None
-    """Longest response, in tokens, its stop token included: less than the cap of the run that follows; None: 172, or
-    256 for arithmetic, whose longest working has a size of its own."""
+    """Longest response, in tokens, its stop token included. Keep it below --max-new-tokens of the later run. None: 172,
+    or 256 for arithmetic."""
     task: Literal["countdown", "arithmetic"] = "countdown"
-    """What the examples are of."""
+    """Task of the examples."""
     numbers: tuple[int, ...] = (3, 4)
-    """Countdown: how many numbers a problem may have; repeat one to see it more often."""
+    """Countdown: possible counts of numbers in a problem. A repeated count is drawn more often."""
     max_number: int = 25
     """Countdown: largest number of a problem."""
     orderly: bool = False
-    """Countdown: searches go through the attempts in order from one drawn at random; without it, all are drawn."""
+    """Countdown: a search tries all attempts in order from a random first one. Without it, every attempt is random."""
     num_terms: tuple[int, ...] = (2, 3)
-    """Arithmetic: how many terms a question may have."""
+    """Arithmetic: possible counts of terms in a question."""
     num_digits: tuple[int, ...] = (1, 2)
-    """Arithmetic: how many digits a term may have."""
+    """Arithmetic: possible counts of digits in a term."""
     operators: str = "+-*"
     """Arithmetic: the signs between the terms, some of + - *."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the weights; masters and moments are fp32 either way."""
+    """Precision of the weights. Masters and moments are always fp32."""
     threads: int = 1
-    """CPU threads. Another number gives other roundings and so another model."""
+    """CPU threads. Another number changes the rounding, and so the model."""
     eval_problems: int = 512
-    """Held-out problems of the closing evaluation; 0: none."""
+    """Held-out problems of the evaluation at the end; 0: none."""
     seed: int = 0
     """Seed of weights, problems and traces."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.tokens = self.tokens or (300_000 if self.ckpt else 12_000_000)
         self.lr = self.lr or (1e-5 if self.ckpt else 3e-3)
         self.room = self.room or (256 if self.task == "arithmetic" else 172)
 
 
-# --- the tokenizer and the fresh model
+# --- the tokenizer and the new model
 
 
 def make_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int = 576) -> None:
-    """Train a byte-level BPE on `texts` and write the tokenizer's files, so that transformers opens the folder."""
+    """Train a byte-level BPE on `texts` and write the tokenizer's files. transformers can open the folder, too."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _cut(FINER_PIECES)
     backend.decoder = decoders.ByteLevel()
     n_merged = vocab_size - len(SPECIAL_TOKENS) - len(TAGS)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # any text can be encoded, byte by byte if need be
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # with all bytes in the vocabulary, any text can be encoded
     trainer = trainers.BpeTrainer(vocab_size=n_merged, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     backend.pre_tokenizer = _cut(QWEN2_PIECES)
@@ -159,7 +158,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def tiny_config(tokenizer: Tokenizer) -> Qwen2Config:
-    """About 0.83 M parameters."""
+    """Configuration of the tiny model, about 0.83 M parameters."""
     im_end = tokenizer.encode("<|im_end|>")[0]
     return Qwen2Config.from_dict(
         {
@@ -181,7 +180,7 @@ def tiny_config(tokenizer: Tokenizer) -> Qwen2Config:
 
 
 def tokenizer_texts(task: Task, seed: int, n: int = 5000) -> Iterator[str]:
-    """Prompts and traces in plain text. `room` is in characters here: there are no tokens yet."""
+    """Prompts and traces as plain text. `room` counts characters here, because there are no tokens yet."""
     rng = random.Random(f"tokenizer {seed}")
     for index in range(n):
         problem = task.train_problem(index)
@@ -212,14 +211,14 @@ def trace(
     count_tokens: Callable[[str], int],
     orderly: bool = False,
 ) -> str:
-    """The response to learn, with habits drawn anew. Raises ValueError where `room` tokens do not hold it."""
+    """A response to learn, with newly drawn habits. Raises ValueError if it is longer than `room` tokens."""
     if isinstance(task, CountdownTask):
         numbers, target = problem.target["numbers"], problem.target["target"]
         return write_trace(numbers, target, draw_searcher(rng, orderly), rng, room, count_tokens)
     expression = problem.messages[-1]["content"].removeprefix("What is ").partition("?")[0]
     text = write_working(expression, draw_habits(rng))
     if count_tokens(text) > room:
-        raise ValueError(f"{room} tokens do not hold {expression} worked out; give more --room")
+        raise ValueError(f"{room} tokens are too few for the working of {expression}; give more --room")
     return text
 
 
@@ -239,20 +238,20 @@ def make_example(
 ) -> Example:
     prompt = tokenizer.render_chat(task.prompt(problem)) + problem.response_prefix
     opening = "" if prompt.endswith("\n") else "\n"
+    room = options.room
+    assert room is not None  # set by Options.__post_init__
 
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(opening + text)) + len(stop)
 
-    texts = [
-        trace(task, problem, rng, options.room, count_tokens, options.orderly)
-        for _ in range(options.traces_per_problem)
-    ]
+    texts = [trace(task, problem, rng, room, count_tokens, options.orderly) for _ in range(options.traces_per_problem)]
     return Example(tokenizer.encode(prompt), [tokenizer.encode(opening + text) + stop for text in texts])
 
 
 def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Example]]:
     """Batches of whole examples, each of at least `batch_tokens` tokens."""
-    batch, size = [], 0
+    batch: list[Example] = []
+    size = 0
     for example in stream:
         batch.append(example)
         size += len(example)
@@ -267,9 +266,13 @@ def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Examp
 def response_loss(model: Qwen2ForCausalLM, batch: list[Example]) -> Tensor:
     """Mean cross-entropy of the response tokens, in nats.
 
-    The first response goes on from its prompt; its siblings lie behind it, and see the prompt and not each other.
+    The first response directly follows its prompt. The other responses to the prompt come after it. Each attends to the
+    prompt and to itself, not to another response.
     """
-    ids, targets, rows, runs = [], [], [], []
+    ids: list[int] = []
+    targets: list[int] = []
+    rows: list[int] = []
+    runs: list[Run] = []
     for example in batch:
         start, n_prompt = len(ids), len(example.prompt_ids)
         ids += example.prompt_ids
@@ -281,30 +284,34 @@ def response_loss(model: Qwen2ForCausalLM, batch: list[Example]) -> Tensor:
             targets += response
             ids += response
     layout = Layout(runs)
-    ids, targets, rows = (torch.tensor(numbers, device=model.device) for numbers in (ids, targets, rows))
-    hidden = model.hidden_states(ids, layout.positions(model.device), PackedAttention(layout))
-    logp, _ = token_logprobs(hidden[rows], model.head_weight, targets)
+    ids_N, targets_M, rows_M = (torch.tensor(numbers, device=model.device) for numbers in (ids, targets, rows))
+    hidden_ND = model.hidden_states(ids_N, layout.positions(model.device), PackedAttention(layout))
+    logp, _ = token_logprobs(hidden_ND[rows_M], model.head_weight, targets_M)
     return -logp.mean()
 
 
 def cosine(done: float, warmup: float = 0.02) -> float:
-    """Share of the highest learning rate when the share `done` of the training is over."""
+    """Learning rate as a share of the highest one. `done`: share of the training that is over, 0 to 1."""
     return min(done / warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train(model: Qwen2ForCausalLM, stream: Iterator[Example], options: Options) -> None:
-    """Train on `options.tokens` tokens of the stream, a line of progress every 500 steps, every 10 with --ckpt."""
-    optimizer = MemoryEfficientAdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    seen, began, recent = 0, time.perf_counter(), []
+    """Train on `options.tokens` tokens of the stream. Progress is printed every 500 steps, with --ckpt every 10."""
+    tokens, lr = options.tokens, options.lr
+    assert tokens is not None  # both are set by Options.__post_init__
+    assert lr is not None
+    optimizer = MemoryEfficientAdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    seen, began = 0, time.perf_counter()
+    recent: list[float] = []
     for step, batch in enumerate(batches(stream, options.batch_tokens)):
-        if seen >= options.tokens:
+        if seen >= tokens:
             return
         seen += sum(map(len, batch))
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * cosine(seen / options.tokens)
+            group["lr"] = lr * cosine(seen / tokens)
         if options.ckpt and step % RETURN_EVERY == 0:
             return_free_memory()
-        with gradients_in_place(options.ckpt is not None):  # memory; a fresh tiny model keeps autograd's own rounding
+        with gradients_in_place(options.ckpt is not None):  # saves memory, but the tiny model keeps autograd's rounding
             loss = response_loss(model, batch)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -322,25 +329,27 @@ def train(model: Qwen2ForCausalLM, stream: Iterator[Example], options: Options) 
 
 
 def evaluate(model, tokenizer: Tokenizer, task: Task, n: int, max_new_tokens: int, temperature: float) -> dict:
-    """Rates over the first `n` held-out problems, an answer each."""
+    """Rates over the first `n` held-out problems, with one response each."""
     problems = task.test_problems(n)
     prompts = [tokenizer.render_chat(task.prompt(p)) + p.response_prefix for p in problems]
     sampling = SamplingParams(n=1, max_new_tokens=max_new_tokens, temperature=temperature)
-    answers = generate(model, prompts, sampling, tokenizer=tokenizer, seed=0)
-    rewards = [task.reward(p, a.text) for p, a in zip(problems, answers, strict=True)]
-    sums = [task.diagnostics(p, a.text) for p, a in zip(problems, answers, strict=True)]
+    responses = generate(model, prompts, sampling, tokenizer=tokenizer, seed=0)
+    rewards = [task.reward(p, r.text) for p, r in zip(problems, responses, strict=True)]
+    sums = [task.diagnostics(p, r.text) for p, r in zip(problems, responses, strict=True)]
     written = sum(s["sums"] for s in sums)
     return {
         "solved": sum(r.parts["answer"] for r in rewards) / n,
         "format": sum(r.parts["format"] for r in rewards) / n,
         "false_sums": sum(s["false_sums"] * s["sums"] for s in sums) / max(written, 1),
-        "mean_length": sum(len(a.response_ids) for a in answers) / n,
-        "truncated": sum(a.finish_reason == "length" for a in answers) / n,
-        "example": answers[0].text,
+        "mean_length": sum(len(r.response_ids) for r in responses) / n,
+        "truncated": sum(r.finish_reason == "length" for r in responses) / n,
+        "example": responses[0].text,
     }
 
 
 def report(model, tokenizer: Tokenizer, task: Task, options: Options) -> None:
+    """Print the rates of sampled and of greedy responses to held-out problems, each with an example."""
+    assert options.room is not None  # set by Options.__post_init__
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         rates = evaluate(model, tokenizer, task, options.eval_problems, options.room + 20, temperature)
         example = rates.pop("example")
@@ -349,14 +358,17 @@ def report(model, tokenizer: Tokenizer, task: Task, options: Options) -> None:
 
 
 def make_task(options: Options) -> Task:
-    common = {"prompt_style": "full" if options.ckpt else "short", "seed": options.seed}
+    style = "full" if options.ckpt else "short"
     if options.task == "countdown":
-        return CountdownTask(numbers=options.numbers, max_number=options.max_number, **common)
+        return CountdownTask(
+            numbers=options.numbers, max_number=options.max_number, prompt_style=style, seed=options.seed
+        )
     if "/" in options.operators:
         raise ValueError(f"--operators {options.operators!r}: worked examples are written for + - * only")
     return ArithmeticTask(
-        num_terms=options.num_terms, num_digits=options.num_digits, operators=options.operators, **common
-    )
+        num_terms=options.num_terms, num_digits=options.num_digits, operators=options.operators,
+        prompt_style=style, seed=options.seed,
+    )  # fmt: skip
 
 
 def main(options: Options) -> None:
@@ -367,7 +379,7 @@ def main(options: Options) -> None:
     out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder to write to")
-    out.mkdir(parents=True, exist_ok=True)  # what can not be written shows now, not after the training
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after the training
     if options.ckpt:
         folder = locate_pretrained(options.ckpt)
         tokenizer = Tokenizer.from_pretrained(folder)

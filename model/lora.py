@@ -2,17 +2,17 @@
 
     add_lora(model, rank=16, alpha=32)                    # freezes the model; only A and B have gradients
     optimizer = MemoryEfficientAdamW(trainable(model))    # its state is that of the adapters alone
-    with adapters_off(model): ...                         # the model as it was: the reference policy, for nothing
+    with adapters_off(model): ...                         # the original model: a reference policy without extra memory
     save_adapters(model, "adapter")                       # PEFT's format; PeftModel.from_pretrained(base, "adapter")
-    load_adapters(model, "adapter")                       # what PEFT wrote is read as well
+    load_adapters(model, "adapter")                       # reads adapters that PEFT wrote, too
     merge_lora(model)                                     # plain layers again, with W + alpha / rank * B A
 
-A is drawn as PEFT draws it, B is 0: the first step starts from the model itself.
+A is initialized as in PEFT, and B is 0. Before the first update, the model with adapters equals the original model.
 
 Departure from PEFT: no wrapper around the model. A `LoraLinear` is the `Linear` it replaces, with two more parameters,
-so the base's parameters keep the checkpoint's names; and its `state_dict` is that of the merged layer, so
-`model.save_pretrained` writes a plain folder that every other program opens. A and B are in the weights' dtype; the
-optimizer keeps their fp32 masters.
+so the base's parameters keep the checkpoint's names. Its `state_dict` is that of the merged layer, so
+`model.save_pretrained` writes a plain checkpoint that every program can open. A and B have the dtype of the weights.
+The optimizer keeps fp32 masters of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from model.linear import Linear, linear
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-# What a PEFT adapter may have switched on that is not plain LoRA: its key, and the values that mean "off".
+# Options of PEFT adapters that are not plain LoRA, with their values for "off".
 UNSUPPORTED = {
     "use_dora": (False,), "use_rslora": (False,), "fan_in_fan_out": (False,), "bias": ("none",), "lora_bias": (False,),
     "rank_pattern": ({},), "alpha_pattern": ({},), "modules_to_save": ([],), "layers_to_transform": ([],),
@@ -45,7 +45,7 @@ UNSUPPORTED = {
 
 
 class LoraLinear(Linear):
-    """A `Linear` whose own weights are frozen, and the two thin matrices beside it. [N, in] -> [N, out]"""
+    """A `Linear` with frozen weights, and the two thin matrices A and B. [N, in] -> [N, out]"""
 
     def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -58,6 +58,7 @@ class LoraLinear(Linear):
 
     @property
     def scale(self) -> float:
+        """alpha / rank, the factor of B A."""
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + scale * B A, [out, in]: added up in fp32, rounded once."""
+        """W + scale * B A, [out, in]. The sum is in fp32 and is rounded once."""
         delta = self.scale * (self.lora_B.float() @ self.lora_A.float())
         return (self.weight.float() + delta).to(self.weight.dtype)
 
@@ -83,15 +84,15 @@ def add_lora(
     model: nn.Module, rank: int, alpha: float = 32.0, dropout: float = 0.0, targets: Sequence[str] = TARGETS,
     seed: int = 0,
 ) -> nn.Module:  # fmt: skip
-    """Freeze `model` and give every `Linear` whose last name is in `targets` an adapter. Returns the same model.
+    """Freeze `model` and add an adapter to every `Linear` whose last name is in `targets`. Returns the same model.
 
-    Raises ValueError for a rank or dropout out of range, a target the model does not have, and a second call.
+    Raises ValueError for a rank or dropout out of range, for an unknown target, and for a second call.
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"LoRA of rank {rank} with dropout {dropout}: expected a rank of 1 or more, dropout below 1")
     if has_lora(model):
         raise ValueError("the model has adapters already; merge_lora(model) first")
-    # The head is read as a weight and never called (head_logprobs.py), so an adapter there would do nothing.
+    # The head is only read as a weight and never called (head_logprobs.py), so an adapter on it would have no effect.
     layers = {name: m for name, m in model.named_modules() if type(m) is Linear and name != "lm_head"}
     known = sorted({name.rpartition(".")[2] for name in layers})
     if unknown := [target for target in targets if target not in known]:
@@ -115,15 +116,16 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """What the optimizer is to get: the adapters, or of a model without them everything."""
+    """The parameters for the optimizer: the adapters, or all parameters of a model without adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the one before `add_lora`. A model without adapters stays as it is.
+    """Inside this context, the model works as before `add_lora`. A model without adapters does not change.
 
-    A backward pass through what was computed inside belongs inside too: gradient checkpointing computes it again.
+    A backward pass through a result of this context must be inside, too: gradient checkpointing runs the forward pass
+    again.
     """
     layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     for layer in layers:
@@ -136,12 +138,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the merged model under the checkpoint's names; the model stays as it is."""
+    """The tensors of the merged model under the checkpoint's names. The model does not change."""
     return dict(model.state_dict())
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Put a plain, trainable layer with the merged weight in every `LoraLinear`'s place. Returns the same model."""
+    """Replace every `LoraLinear` by a plain, trainable layer with the merged weight. Returns the same model."""
     for name, layer in lora_layers(model).items():
         plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = nn.Parameter(layer.merged_weight()), layer.bias
@@ -156,7 +158,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def save_adapters(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does. `base_model`: folder or id of the base.
 
-    Raises ValueError where there are no adapters.
+    Raises ValueError if there are no adapters.
     """
     layers = lora_layers(model)
     if not layers:
@@ -186,9 +188,10 @@ def save_adapters(model: nn.Module, folder: str | Path, base_model: str | None =
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, folder: str | Path, dropout: float | None = None) -> nn.Module:
-    """Read adapters in PEFT's format; a model without adapters gets them. `dropout`: None takes the file's.
+    """Read adapters in PEFT's format. They are added to a model without adapters. `dropout`: None takes the file's.
 
-    Raises FileNotFoundError, or ValueError for adapters that are not plain LoRA or do not fit the model, in one line.
+    Raises FileNotFoundError for a missing file, and ValueError for adapters that are not plain LoRA or do not fit the
+    model.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -211,7 +214,7 @@ def load_adapters(model: nn.Module, folder: str | Path, dropout: float | None = 
     for name, parameter in wanted.items():
         if tensors[name].shape != parameter.shape:
             found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise ValueError(f"{folder / WEIGHTS}: {name} has shape {found}, the model's adapter {expected}")
+            raise ValueError(f"{folder / WEIGHTS}: {name} has shape {found}, the model's adapter has {expected}")
         parameter.copy_(tensors[name])
     return model
 
@@ -219,7 +222,7 @@ def load_adapters(model: nn.Module, folder: str | Path, dropout: float | None = 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapters: there is no {CONFIG}")
+        raise FileNotFoundError(f"{folder} has no adapters: there is no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, _, targets = config["peft_type"], (config["r"], config["lora_alpha"]), config["target_modules"]
@@ -231,5 +234,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type {kind}, target_modules {targets}; expected LORA and a list of names")
     for key, off in UNSUPPORTED.items():
         if config.get(key) is not None and config[key] not in off:
-            raise ValueError(f"{path}: {key} is {config[key]!r}, and this code has plain LoRA only")
+            raise ValueError(f"{path}: {key} is {config[key]!r}, and only plain LoRA is supported")
     return config

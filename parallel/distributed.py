@@ -1,21 +1,21 @@
-"""Several processes, one run: which part of a step is this rank's, and what the ranks tell one another.
+"""A run on several processes: each rank's share of a step, and the communication between the ranks.
 
     torchrun --nproc-per-node 2 train.py --config configs/qwen2.5-7b.yaml
 
-Every rank has the whole model (or its shard of it: sharding.py) and runs the same program. Of a step's prompts a rank
-samples and scores its share; then the ranks exchange their episodes, so that each knows all of them: advantages,
-dropped groups, refills, denominators and metrics are computed on every rank from the same list, by the code of a single
-process. Of the gradient a rank computes the part of some of the groups, and the parts are summed once a step.
+Every rank has the whole model (or its shard of it: sharding.py) and runs the same program. Each rank samples and scores
+its share of a step's prompts. Then the ranks exchange their episodes, and every rank has all of them. Advantages,
+dropped groups, refills, denominators and metrics are computed on every rank from the same list, by the code for a
+single process. Each rank computes the gradient of some of the groups. The gradients are summed once per step.
 
-Where this departs from the usual data parallelism: no wrapper around the model, and no mean over ranks. The weights of
-the tokens are made for the whole step (losses.token_weights), so the parts of the gradient add up to that of a single
-process, whatever each rank had to do; and a rank may have nothing to do. Who samples a group does not have to be who
-learns from it: groups go to the ranks anew, so that each has about as many tokens.
+Departure from the usual data parallelism: no wrapper around the model, and no mean over ranks. The weights of the
+tokens are computed for the whole step (losses.token_weights), so the sum of the ranks' gradients is the gradient of a
+single process. A rank may have no group at all. The groups are distributed again after sampling, so that every rank has
+about as many tokens. A group may be sampled on one rank and trained on another.
 
-In a single process every function here gives back what it was given. Nothing here looks at a model.
+In a single process every function here returns its input unchanged. Nothing here depends on the model.
 
-Two kinds of traffic: gradients, on the device they are on (NCCL, or gloo on a CPU), and small Python objects, always
-through gloo on the CPU. They are pickled; the ranks are processes of one program, not strangers.
+There are two kinds of traffic. Gradients are exchanged on their own device, by NCCL (by gloo on a CPU). Small Python
+objects are pickled and exchanged by gloo on the CPU. Pickle is safe here: all ranks are processes of one program.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,18 +40,18 @@ from data_types import Episode
 from model.memory import is_out_of_memory
 
 T = TypeVar("T")
-BUCKET = 2**24  # elements of the gradient that are summed at a time: 64 MiB of fp32 beside it
-LAST_WORDS = 5.0  # seconds in which the others may say what became of them, before the silent ones are named
-_store: dist.Store | None = None  # torchrun's, where ranks leave a word for one another
-_seconds = Counter()  # since `take_seconds`: "wait" for the slowest rank, "transfer" of what is exchanged
+BUCKET = 2**24  # elements of the gradient that are summed at a time: a buffer of 64 MiB of fp32
+LAST_WORDS = 5.0  # seconds to wait for the other ranks' error messages, before the silent ranks are named
+_store: dist.Store | None = None  # torchrun's store, for short messages between the ranks
+_seconds: dict[str, float] = defaultdict(float)  # since `rank_metrics`: "wait" for the slowest rank, "transfer" of data
 
 
 class RankError(RuntimeError):
-    """The ranks cannot go on together; the message is one sentence that says why."""
+    """The ranks cannot continue together. The message is one sentence with the reason."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who is there
+# The ranks
 
 
 def rank() -> int:
@@ -60,25 +60,24 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are; 1 where none was started beside this one."""
+    """Number of processes. 1 if this one is alone."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the rank that speaks and writes."""
+    """Whether this is rank 0, the only one that prints and writes files."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def process_group(timeout_s: float, device: str = "auto") -> Iterator[None]:
-    """Join the processes that torchrun started; without torchrun, or in a group already, nothing happens.
+    """Join the processes that torchrun started. Without torchrun, or inside a group, nothing happens.
 
     Args:
-        timeout_s: how long a rank waits for the others before it gives up.
-        device: as in the config; a rank takes the GPU of its number on the machine.
+        timeout_s: longest time, in seconds, that a rank waits for the others.
+        device: as in the config. A rank takes the GPU with its local number.
 
-    Raises ValueError for more processes than GPUs. Where another rank has died, whatever this one was waiting for ends
-    as a RankError that names it.
+    Raises ValueError for more processes than GPUs, and RankError if another rank has died. The RankError names it.
     """
     global _store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -89,13 +88,13 @@ def process_group(timeout_s: float, device: str = "auto") -> Iterator[None]:
         _take_gpu(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     limit = timedelta(seconds=timeout_s)
     store, number, size = next(dist.rendezvous("env://", timeout=limit))
-    # What ranks that died had written there is still there when torchrun starts them again.
+    # If torchrun starts the ranks again, the store still has the messages of the ranks that died.
     _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=limit)
     try:
         yield
-        gather_each(None)  # leave together: torchrun ends the others where one has left
+        gather_each(None)  # leave together: torchrun stops the other ranks after one has ended
     except Exception as error:
         if not _lost_connection(error):
             _store.set(f"end of {number}", f"{type(error).__name__}: {error}")
@@ -110,27 +109,28 @@ def _take_gpu(number: int, processes: int) -> None:
     if processes > torch.cuda.device_count():
         raise ValueError(
             f"torchrun started {processes} processes on a machine with {torch.cuda.device_count()} GPUs: "
-            "start no more than one for each, or --device cpu"
+            "start at most one process per GPU, or use --device cpu"
         )
     torch.cuda.set_device(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is this rank's
+# The share of this rank
 
 
 def share(n: int) -> range:
-    """Which of `n` things this rank does: ranges that differ by one in length at most, in the order of the ranks."""
+    """The range of 0 to `n` - 1 that is this rank's. The ranges of the ranks differ in length by at most one."""
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def my_groups(episodes: Iterable[Episode]) -> set[int]:
-    """Ids of the groups whose gradient this rank computes, about as many tokens as every other's.
+    """Ids of the groups whose gradient this rank computes. All ranks get about as many tokens.
 
-    The most expensive group that is left goes to the rank that has least (longest processing time first, Graham 1969).
-    Groups without an advantage come after all others, so that ranks are even whether or not they count.
+    The largest remaining group goes to the rank with the fewest tokens (longest processing time first, Graham 1969).
+    Groups without an advantage come last. The load is then even both if they are computed and if they are skipped.
     """
-    tokens, learns = Counter(), set()
+    tokens: Counter[int] = Counter()
+    learns = set()
     for e in episodes:
         tokens[e.group_id] += len(e.response_ids) + (0 if e.group_id in tokens else len(e.prompt_ids))
         if e.advantage:
@@ -145,13 +145,13 @@ def my_groups(episodes: Iterable[Episode]) -> set[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the ranks tell one another
+# Communication between the ranks
 
 
 def gather_each(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks, on every rank.
 
-    Raises MemoryError on all ranks where one of them has run out of memory: see `telling_the_others`.
+    Raises MemoryError on all ranks if one of them has run out of memory: see `telling_the_others`.
     """
     if world_size() == 1:
         return [value]
@@ -167,33 +167,35 @@ def gather_each(value: T) -> list[T]:
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """The items of all ranks, one rank's after the other's."""
+    """The items of all ranks in one list, in the order of the ranks."""
     return [item for part in gather_each(list(items)) for item in part]
 
 
 def on_main(work: Callable[[], T]) -> T | None:
-    """What `work` gives on rank 0, and None on the others; where it raises, all of them do."""
-    result, error = None, None
+    """Run `work` on rank 0. Returns its result there, and None on the others. Its ValueError or OSError is raised on
+    all ranks."""
+    result: T | None = None
+    own_error: Exception | None = None
     if is_main():
         try:
             result = work()
         except (ValueError, OSError) as caught:
-            error = caught
-    error = gather_each(error)[0]
+            own_error = caught
+    error = gather_each(own_error)[0]
     if error is not None:
         raise error
     return result
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank."""
-    return gather_each(on_main(work))[0]
+    """Run `work` on rank 0 and return its result on every rank."""
+    return cast(T, gather_each(on_main(work))[0])  # the first value is that of rank 0
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Let every `.grad` be the sum of the ranks'; a rank without one had nothing to add.
+    """Replace every `.grad` by its sum over the ranks. A missing gradient counts as 0.
 
-    Summed in fp32 and rounded once, a bucket at a time: bf16 sums would lose what fp32 masters are there to keep.
+    The sum is in fp32, one bucket at a time, and is rounded once. A bf16 sum would lose small gradients.
     """
     if world_size() == 1:
         return
@@ -214,7 +216,8 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def _buckets(pieces: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket, size = [], 0
+    bucket: list[Tensor] = []
+    size = 0
     for piece in pieces:
         if bucket and size + len(piece) > BUCKET:
             yield bucket
@@ -226,13 +229,13 @@ def _buckets(pieces: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class _OutOfMemory:
-    """Sent in place of what a rank could not compute."""
+    """Sent in place of a result that did not fit into memory."""
 
 
 def telling_the_others(work: Callable[[int], T]) -> Callable[[int], T]:
-    """`work`, whose last deed is to gather what it computed; where memory runs out before, the others are told.
+    """Wrap `work` so that the other ranks hear of a lack of memory. `work` must end with the gathering of its result.
 
-    So all ranks leave with an error that says so, and `halve_when_out_of_memory` tries again on all of them.
+    All ranks then raise an out-of-memory error, and `halve_when_out_of_memory` tries again on all of them.
     """
 
     @functools.wraps(work)
@@ -249,8 +252,9 @@ def telling_the_others(work: Callable[[int], T]) -> Callable[[int], T]:
 
 
 def in_lockstep(work: Callable[[int], T]) -> Callable[[int], T]:
-    """`work`, inside which the ranks gather weights from one another: one that runs out of memory can not make all
-    begin again, and ends the run with a RankError."""
+    """Wrap `work`, during which the ranks gather sharded weights. A lack of memory ends the run with a RankError.
+
+    The ranks cannot start again together in the middle of such a pass."""
 
     @functools.wraps(work)
     def bound(size: int) -> T:
@@ -260,7 +264,7 @@ def in_lockstep(work: Callable[[int], T]) -> Callable[[int], T]:
             if not is_out_of_memory(error):
                 raise
             raise RankError(
-                f"rank {rank()} ran out of memory; with sharded weights the ranks can not try again with less: "
+                f"rank {rank()} ran out of memory; with sharded weights the ranks cannot try again with less: "
                 f"set --micro-batch-tokens below {size}, or use more processes"
             ) from error
 
@@ -268,23 +272,23 @@ def in_lockstep(work: Callable[[int], T]) -> Callable[[int], T]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Are all well
+# Checks and errors
 
 
 def check_equal_weights(parameters: Iterable[Tensor], step: int) -> None:
-    """Raises RankError where a rank's weights are not those of rank 0, bit for bit."""
+    """Compare the weights of all ranks, bit for bit. Raises RankError if a rank's differ from those of rank 0."""
     sums = gather_each([checksum(p) for p in parameters] if world_size() > 1 else [])
     odd = [number for number, other in enumerate(sums) if other != sums[0]]
     if odd:
         raise RankError(
             f"after step {step} the weights of rank {odd[0]} are not those of rank 0 any more: its memory or its "
-            "device is not to be trusted; go on from the last checkpoint with --resume"
+            "device may be faulty; continue from the last checkpoint with --resume"
         )
 
 
 @torch.no_grad()
 def checksum(x: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a tensor, of which one knows the order (Fletcher 1982), modulo 2^64."""
+    """Two sums over the bits of a tensor, modulo 2^64. The second depends on the order (Fletcher 1982)."""
     bits = x.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     plain, ordered = 0, 0
     for start in range(0, len(bits), BUCKET):
@@ -295,44 +299,47 @@ def checksum(x: Tensor) -> tuple[int, int]:
 
 
 def complain(text: str) -> None:
-    """One line on standard error, once where several ranks say the same."""
-    if _store is None:  # before the ranks have met: one a machine
+    """Print one line on standard error. The same line of several ranks is printed once."""
+    if _store is None:  # there is no process group yet: print once per machine
         first = os.environ.get("LOCAL_RANK", "0") == "0"
     else:
         try:
             first = _store.add(hashlib.sha256(text.encode()).hexdigest(), 1) == 1
-        except dist.DistError:  # whoever kept the store has gone first
+        except dist.DistError:  # the process with the store has ended
             first = True
     if first:
         print(text, file=sys.stderr, flush=True)
 
 
 def _lost_connection(error: Exception) -> bool:
-    """gloo's errors have no type of their own; they name the file they come from."""
+    """Whether the error is a broken connection. gloo's errors have no type of their own, but contain its name."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _who_is_gone(error: Exception) -> str:
-    """The sentence that names the ranks which ended first.
+    """A sentence that names the ranks that ended first.
 
-    A rank that lost the connection says so and hangs up, so that the news goes round; whoever then says nothing for
-    `LAST_WORDS` seconds has been killed, or hangs.
+    A rank that lost its connection writes a message to the store and closes its other connections. The loss then
+    reaches every rank. A rank without a message after `LAST_WORDS` seconds was killed, or hangs.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to which the answer is already on its way
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, but this rank is about to end anyway
+    store = _store
+    if store is None:  # the process group was not started here
+        return f"the connection to the other ranks broke ({_first_line(error)})"
     number, others = dist.get_rank(), [i for i in range(dist.get_world_size()) if i != dist.get_rank()]
     try:
-        _store.set(f"end of {number}", "")
+        store.set(f"end of {number}", "")
         dist.destroy_process_group()
         deadline = time.monotonic() + LAST_WORDS
-        while time.monotonic() < deadline and not all(_store.check([f"end of {i}"]) for i in others):
+        while time.monotonic() < deadline and not all(store.check([f"end of {i}"]) for i in others):
             time.sleep(0.05)
-        words = {i: _store.get(f"end of {i}").decode() if _store.check([f"end of {i}"]) else None for i in others}
+        words = {i: store.get(f"end of {i}").decode() if store.check([f"end of {i}"]) else None for i in others}
     except dist.DistError:
-        return f"the connection to the other ranks broke, and torchrun with it ({_first_line(error)})"
+        return f"the connections to the other ranks and to torchrun broke ({_first_line(error)})"
     said = [f"rank {i} ended with {_first_line(word)}" for i, word in words.items() if word]
     silent = [f"rank {i}" for i, word in words.items() if word is None]
     if silent:
-        said.append(f"{' and '.join(silent)} went without a word: killed, or it hangs")
+        said.append(f"{' and '.join(silent)} left no message: killed, or it hangs")
     return "; ".join(said) or f"the connection between the ranks broke ({_first_line(error)})"
 
 
@@ -341,7 +348,7 @@ def _first_line(text: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it costs
+# Time
 
 
 @contextlib.contextmanager
@@ -352,7 +359,7 @@ def _timed(what: str) -> Iterator[None]:
 
 
 def rank_metrics(**rates: float) -> dict[str, float]:
-    """Of a step with several ranks: rates a rank, and the mean time a rank spent waiting and exchanging, in seconds."""
+    """Metrics of a step on several ranks: rates per rank, and a rank's mean seconds of waiting and of exchange."""
     if world_size() == 1:
         return {}
     spent = {what: _seconds[what] for what in ("wait", "transfer")}

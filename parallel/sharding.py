@@ -1,32 +1,33 @@
-"""One model over several processes: FSDP2 keeps a slice of weights and gradients on each, AdamW a slice of its state.
+"""One model over several processes: each has a slice of the weights and gradients (FSDP2) and of AdamW's state.
 
     torchrun --nproc-per-node 8 train.py --shard-weights --ckpt Qwen2.5-7B-Instruct
 
     shard(model)                                        # in place: parameters become DTensors, sliced along dimension 0
-    optimizer = ShardedAdamW(trainable(model), lr=1e-6) # masters and moments of this rank's slices alone
+    optimizer = ShardedAdamW(trainable(model), lr=1e-6) # masters and moments of this rank's slices only
     plain = whole(model)                                # every rank gets all weights, as a model without FSDP
 
-In training a block's weights are gathered when it is their turn, forward and again backward, and its gradients are
-summed and sliced at once (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3). All ranks must then run as many forward
-and backward passes as the others: packing.Step pads with idle micro-batches. A rollout can not promise that, and would
-gather all weights anew for every token: it runs on a whole copy, which lives as long as the rollout
-(benchmarks/scaling.py measures both).
+In training, the weights of a block are gathered just before its forward pass and again before its backward pass. Its
+gradients are summed and sliced at once (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3). All ranks must therefore
+run equally many forward and backward passes, and packing.Step pads with idle micro-batches. A rollout cannot guarantee
+equal numbers of passes, and it would gather all weights again for every token. It uses a whole copy of the model, which
+is freed after the rollout (benchmarks/scaling.py measures both).
 
-Where this departs from FSDP's usual use: gradients are summed, not averaged, because the tokens' weights are made for
-the whole step; and checkpoints are not sharded. They are gathered into the files that a single process writes, so that
-a run goes on with any number of processes, sharded or not.
+Departures from the usual FSDP: gradients are summed, not averaged, because the weights of the tokens are computed for
+the whole step. Checkpoints are not sharded: they are gathered into the files of a single process. A run can therefore
+resume with any number of processes, sharded or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from model.lora import add_lora, lora_layers
 from model.memory import halve_when_out_of_memory
@@ -48,17 +49,18 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """Slice the model over all ranks, block by block; in a single process it stays whole. Returns the same model.
+    """Slice the model over all ranks, block by block. In a single process it stays whole. Returns the same model.
 
-    Embedding, last norm and head stay gathered from forward to backward: the head is used after the forward pass.
+    Embedding, last norm and head stay gathered from forward to backward, because the loss uses the head after the
+    forward pass of the model.
     """
     if world_size() == 1:
         return model
     mesh = init_device_mesh(model.device.type, (world_size(),))
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in model.model.layers:
-        fully_shard(block, **options)
-    fully_shard(model, **options, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden_states")
     for module in _parts(model):
         module.set_gradient_divide_factor(1.0)
@@ -72,9 +74,9 @@ def _parts(model: nn.Module) -> list[FSDPModule]:
 
 @torch.no_grad()
 def whole(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """A plain copy with all weights, adapters too, on this rank's device; a model that is not sharded, itself.
+    """A plain copy with all weights and adapters on this rank's device. A model that is not sharded is returned itself.
 
-    All ranks take part. The copy is for reading: it does not follow later updates.
+    All ranks must call this. The copy is for reading: later updates do not change it.
     """
     if not is_sharded(model):
         return model
@@ -88,36 +90,37 @@ def whole(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
         add_lora(copy, one.rank, one.alpha, one.dropout, sorted({name.rpartition(".")[2] for name in adapters}))
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        setattr(copy.get_submodule(owner), leaf, nn.Parameter(p.full_tensor(), requires_grad=False))
+        setattr(copy.get_submodule(owner), leaf, nn.Parameter(cast(DTensor, p).full_tensor(), requires_grad=False))
     return copy
 
 
 class ShardedAdamW(MemoryEfficientAdamW):
     """`MemoryEfficientAdamW` over this rank's slices of sharded parameters.
 
-    Its parameters are plain tensors that share their memory with the slices; `take_gradients` brings theirs.
+    Its parameters are plain tensors that share memory with the slices. `take_gradients` gives them their gradients.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *args: Any, **options: Any):
         self.sharded = list(params)
-        super().__init__([nn.Parameter(p.to_local().detach()) for p in self.sharded], *args, **options)
+        super().__init__([nn.Parameter(_local(p).detach()) for p in self.sharded], *args, **options)
 
     @property
     def slices(self) -> list[nn.Parameter]:
+        """The local slice of each parameter."""
         return self.param_groups[0]["params"]
 
     def take_gradients(self) -> None:
-        """Point every slice at its memory of today (FSDP may move it) and at its gradient."""
+        """Refresh `.data` and `.grad` of every local slice. FSDP may have reallocated its shards."""
         for mine, p in zip(self.slices, self.sharded):
-            mine.data = p.to_local().detach()
-            mine.grad = None if p.grad is None else p.grad.to_local()
+            mine.data = _local(p).detach()
+            mine.grad = None if p.grad is None else _local(p.grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in (*self.sharded, *self.slices):
             p.grad = None
 
     def whole_state_dict(self) -> dict[str, Any]:
-        """The `state_dict` of a single process, on rank 0; the others get an empty one. All ranks take part."""
+        """The `state_dict` of a single process, on rank 0. The others get an empty one. All ranks must call this."""
         mine = self.state_dict()
         state = {
             index: {name: _gather_rows(x, self.sharded[index]) if name in STATE_NAMES else x for name, x in one.items()}
@@ -126,7 +129,7 @@ class ShardedAdamW(MemoryEfficientAdamW):
         return mine | {"state": state} if is_main() else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this rank's slices out of a single process's state."""
+        """Load this rank's slices of the `state_dict` of a single process."""
         self.take_gradients()
         state = {
             index: {name: self._slice(x, index) if name in STATE_NAMES else x for name, x in one.items()}
@@ -142,21 +145,27 @@ class ShardedAdamW(MemoryEfficientAdamW):
         return value[rank() * rows : (rank() + 1) * rows]
 
 
+def _local(sharded: Tensor) -> Tensor:
+    """This rank's slice of a sharded tensor."""
+    return cast(DTensor, sharded).to_local()
+
+
 def _gather_rows(mine: Tensor, p: Tensor) -> Tensor | None:
-    """All rows of what has the rows of the sharded parameter `p`, on rank 0's CPU; each rank has ceil(rows / ranks) of
-    them, as far as they reach."""
+    """Gather a tensor that is sliced as the parameter `p` is. Rank 0 returns all rows on the CPU, the others None.
+
+    Each rank has ceil(rows / ranks) rows. The last ranks may have fewer or none."""
     rows = -(-p.shape[0] // world_size())
     padded = torch.zeros(rows, *p.shape[1:], dtype=mine.dtype)
     padded[: len(mine)] = mine.cpu()
     parts = [torch.empty_like(padded) for _ in range(world_size())] if is_main() else None
     dist.gather(padded, parts, dst=0)
-    return torch.cat(parts)[: p.shape[0]] if is_main() else None
+    return torch.cat(parts)[: p.shape[0]] if parts is not None else None
 
 
 def gradients_of_all_ranks(
     gradient: Callable[[int], Any], step: Any, model: nn.Module, optimizer: torch.optim.Optimizer, max_tokens: int
 ) -> tuple[Any, Tensor]:
-    """Let every rank compute `gradient(max_tokens)` for its groups of `step`, and add up: (totals, joint norm).
+    """Compute `gradient(max_tokens)` on every rank for its groups of `step`, and add up. Returns (totals, joint norm).
 
     step: update.packing.Step. It is restricted to this rank's groups here.
     gradient: adds to `.grad` and returns update.step_metrics.StepTotals. It runs again with fewer tokens if memory
@@ -187,5 +196,6 @@ class WholeState:
 
 
 def whole_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | WholeState:
-    """What rank 0 saves: the optimizer itself, or of a sharded one its state in one piece. All ranks take part."""
+    """The object whose `state_dict` rank 0 saves: the optimizer, or the whole state of a sharded one. All ranks must
+    call this."""
     return WholeState(optimizer.whole_state_dict()) if isinstance(optimizer, ShardedAdamW) else optimizer

@@ -1,14 +1,14 @@
-"""Batched sampling: prefill each prompt once, decode its whole group together, stop, let waiting prompts in.
+"""Batched sampling: prefill each prompt once, decode its whole group together, start waiting prompts in free slots.
 
     completions = generate(model, prompts, SamplingParams(n=8, max_new_tokens=256), tokenizer=tokenizer, seed=0)
 
-What is sampled is what training scores (sampling.py), by the loop of decoding.py. Nothing of a checkpoint's
-generation_config.json but its stop ids is used.
+decoding.py has the decoding loop, and sampling.py samples a token. Sampling and training use the same logits. Only the
+stop ids of a checkpoint's generation_config.json are used.
 
-Departure from the textbook: all random numbers of a rollout are drawn before it begins, each answer's from a generator
-of its own. So an answer does not depend on the batch around it, on when its prompt was let in, or on how often.
+Departure from the textbook: all random numbers of a rollout are drawn before it begins, with one generator per
+response. A response therefore does not depend on the rest of the batch, on the time its prompt started, or on restarts.
 
-Shape letters: A answers, N rows that are decoding, D hidden.
+Shape letters: A responses, N rows that are decoding, D hidden.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data_types import Completion
+from data_types import Completion, FinishReason
 from model.linear import packed_weights
 from model.memory import halve_when_out_of_memory, rows_that_fit
 from qwen2_llm import Qwen2ForCausalLM
@@ -42,24 +42,25 @@ def generate(
     only: range | None = None,
     must_be_finite: bool = True,
 ) -> list[Completion]:
-    """Sample `params.n` answers to each prompt; those of prompt i stand at [i * n, (i + 1) * n).
+    """Sample `params.n` responses to each prompt. Those of prompt i are at indices [i * n, (i + 1) * n).
 
     Args:
-        prompts: texts, or token ids that are used as they are.
-        max_rows: decode at most so many answers at a time, fewer where memory does not hold them; it does not change
-            them. Prompts that do not fit wait until answers have ended.
-        graphs: record decode steps as CUDA graphs; None does so on a GPU, False runs every step.
-        only: answer these prompts alone, as they would be answered among all the others; None: all.
-        must_be_finite: False ends an answer whose logits are not finite there, with the finish reason "not_finite".
+        prompts: texts, or token ids that are used unchanged.
+        seed: seed of the random numbers. The same seed gives the same responses.
+        max_rows: decode at most this many responses at a time, fewer if memory is short. It does not change them.
+            Other prompts wait until responses have ended.
+        graphs: record decode steps as CUDA graphs. None: only on a GPU. False: never.
+        only: sample only for these prompts. Their responses are the same as in a call for all prompts. None: all.
+        must_be_finite: False ends a response at logits that are not finite, with the finish reason "not_finite".
 
-    Raises ValueError for an empty prompt, for one that leaves no room for max_new_tokens in the model's context, and
-    where the model's logits are not finite (and must be).
+    Raises ValueError for an empty prompt, for a prompt and max_new_tokens that together exceed the model's context, and
+    for logits that are not finite if `must_be_finite`.
     """
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     check_room(ids, params.max_new_tokens, model.config.max_position_embeddings)
     graphs = (model.device.type == "cuda") if graphs is None else graphs
     if graphs and model.device.type != "cuda":
-        raise ValueError(f"graphs=True, but the model is on {model.device}; only CUDA records its work")
+        raise ValueError(f"graphs=True, but the model is on {model.device}; only CUDA can record graphs")
     only = range(len(ids)) if only is None else only
     ids, uniforms = [ids[i] for i in only], uniform_numbers(ids, params, seed, only)
     if not ids:
@@ -82,6 +83,7 @@ def generate(
 
 
 def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
+    """Raises ValueError for an empty prompt, and for a prompt that with `new_tokens` more exceeds `context` tokens."""
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; expected at least one token")
@@ -93,7 +95,9 @@ def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
 
 
 def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int, only: range | None = None) -> Tensor:
-    """[prompts * n, max_new_tokens] numbers in [0, 1), each row from a generator seeded by (seed, prompt, sample)."""
+    """Random numbers in [0, 1), [prompts * n, max_new_tokens]. A row's generator is seeded by (seed, prompt, sample).
+
+    Equal prompts are counted, so their responses differ. `only`: rows of these prompts only."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
     for i, prompt in enumerate(ids):
@@ -118,13 +122,13 @@ def _completions(
         first = int(logprobs.isnan().int().argmax())
         if broken and must_be_finite:
             raise ValueError(
-                f"the model's logits are not finite at token {first} of an answer to prompt {only[prompt]}: its "
-                "weights hold NaN or infinity, or overflow; go back to an earlier checkpoint"
+                f"the model's logits are not finite at token {first} of a response to prompt {only[prompt]}: its "
+                "weights contain NaN or infinity, or overflow; go back to an earlier checkpoint"
             )
         if broken:
             response, logprobs = response[: first + 1], logprobs[: first + 1]
         at_stop_id = response[-1] in tokenizer.eos_token_ids and not params.ignore_eos
         text = tokenizer.decode(response[:-1] if at_stop_id else response)
-        finish = "not_finite" if broken else "stop" if stopped else "length"
+        finish: FinishReason = "not_finite" if broken else "stop" if stopped else "length"
         completions.append(Completion(only[prompt], ids[prompt], response, logprobs.tolist(), text, finish))
     return completions

@@ -1,13 +1,13 @@
-"""How one token is drawn: temperature, filters, and the inverse of the cumulative distribution.
+"""Sampling of one token per row: temperature, filters, and the inverse of the cumulative distribution.
 
     ids, logprobs = sample(logits, u, SamplingParams(temperature=1.0), vocab_size)
 
-What is sampled is what training scores: both call `head_logprobs.scale_logits` (temperature, and no ids
-beyond the tokenizer's vocabulary).
+Sampling and training use the same logits: both call `head_logprobs.scale_logits` (same temperature, same vocabulary
+cut).
 
-Departure from the textbook: a token is drawn by inverting the cumulative distribution at a number u that was drawn
-before decoding began. So drawing needs no random state, and over a vocabulary of 151,936 the two-level search is
-several times faster than `torch.multinomial`. Nothing here waits for the device: CUDA graphs may record it.
+Departure from the textbook: a token is sampled by inverting the cumulative distribution at a random number u that was
+drawn before decoding began. Decoding then needs no random state. For a vocabulary of 151,936 ids the two-level search
+is several times faster than `torch.multinomial`. No operation here waits for the device, so CUDA graphs can record it.
 
 Shape letters: N rows that are decoding, V vocabulary.
 """
@@ -22,18 +22,21 @@ from torch import Tensor
 
 from model.head_logprobs import scale_logits
 
-ROWS_AT_A_TIME = 8  # on a CPU: 5 MB of probabilities for 151,936 ids. From 8 MiB on, malloc maps fresh pages each time
+ROWS_AT_A_TIME = 8  # on a CPU: 5 MB of probabilities for 151,936 ids. From 8 MiB on, malloc maps new pages each time
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample.
 
-    n: answers a prompt. max_new_tokens: the cap, exact. temperature: 0 takes the likeliest token each time.
-    top_k (0: off), top_p (1: off), min_p (0: off) hide unlikely tokens; log-probabilities stay those of the whole
-    distribution, so in training they bias the ratio. stop: strings that end an answer, kept in it; they are looked for
-    in the text with its special tokens written out, so that one of those may be (part of) a stop string.
-    ignore_eos: stop ids end no answer, so every answer has max_new_tokens tokens (`train.py --dry-run`).
+    n: responses per prompt.
+    max_new_tokens: most tokens of a response, the stop token included.
+    temperature: 0 takes the most likely token each time.
+    top_k, top_p, min_p: remove unlikely tokens (off: 0, 1, 0). Log-probabilities stay those of the whole distribution,
+        so in training these filters bias the ratio.
+    stop: strings that end a response and stay in it. The text is searched with its special tokens written out, so a
+        stop string may contain special tokens.
+    ignore_eos: stop ids do not end a response. Every response has max_new_tokens tokens (`train.py --dry-run`).
     """
 
     n: int = 1
@@ -45,7 +48,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
             raise ValueError(f"n={self.n}, max_new_tokens={self.max_new_tokens}: expected at least 1 of each")
         sane = 0 <= self.temperature < math.inf and self.top_k >= 0  # False for NaN, too
@@ -57,20 +60,21 @@ class SamplingParams:
 
     @property
     def filtered(self) -> bool:
+        """Whether top_k, top_p or min_p is on."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 def sample(logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    """Draw a token a row: logits [N, V], u [N] uniform in [0, 1) -> ids [N], log-probabilities [N] (fp32).
+    """Sample a token per row: logits [N, V], u [N] uniform in [0, 1) -> ids [N], log-probabilities [N] (fp32).
 
-    The log-probability is the one that training computes: at this temperature, over the whole vocabulary. It is NaN
-    where a row's logits hold NaN or +inf, or nothing but -inf; the id is then any that exists, and for the caller to
-    refuse (a look at the numbers here would wait for the device).
+    Training computes the same log-probability: at this temperature, over the whole vocabulary. It is NaN if the logits
+    of a row contain NaN or +inf, or are all -inf. The id is then an arbitrary valid one, and the caller must reject it.
+    A check here would wait for the device.
     """
     if logits.device.type == "cpu" and len(logits) > ROWS_AT_A_TIME:
         pieces = zip(logits.split(ROWS_AT_A_TIME), u.split(ROWS_AT_A_TIME))
-        ids, logprobs = zip(*(sample(*piece, params, vocab_size) for piece in pieces))
-        return torch.cat(ids), torch.cat(logprobs)
+        sampled = [sample(*piece, params, vocab_size) for piece in pieces]
+        return torch.cat([ids for ids, _ in sampled]), torch.cat([logprobs for _, logprobs in sampled])
     logits = scale_logits(logits, params.temperature or 1.0, vocab_size)  # [N, V] fp32
     probabilities = logits.softmax(dim=-1)
     if params.temperature == 0:
@@ -83,8 +87,8 @@ def sample(logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     """The first id whose cumulative weight exceeds u times the total: weights [N, V] >= 0, u [N] in [0, 1) -> [N].
 
-    Two levels, so that only one block of a row is summed element by element. An id of weight 0 is never returned,
-    because the cumulative sum does not rise there. NaN among the weights gives an id that exists, and no error.
+    The search has two levels, so that only one block of a row is summed element by element. An id of weight 0 is never
+    returned, because the cumulative sum does not rise at it. NaN weights give an arbitrary valid id and no error.
     """
     N, V = weights.shape
     size = max(1, int(V**0.5))
@@ -100,23 +104,25 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def _search(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF by cumulative sum; also where u falls inside the chosen element, again in [0, 1)."""
+    """Inverse CDF by cumulative sum: (index, position of u inside the chosen element, in [0, 1))."""
     wide = torch.float32 if weights.device.type == "mps" else torch.float64
     cumulative = weights.to(wide).cumsum(dim=-1)
     total = cumulative[:, -1:]
     target = torch.minimum(u[:, None].to(wide) * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True)  # first element whose cumulative weight is above target
-    index = index.clamp(max=weights.shape[-1] - 1)  # NaN is above everything: on a GPU the gather would end the process
+    # NaN gives an index past the end. On a GPU the gather would then end the process.
+    index = index.clamp(max=weights.shape[-1] - 1)
     width = weights.gather(-1, index).to(wide)
     remainder = (target - (cumulative.gather(-1, index) - width)) / width
     return index[:, 0], remainder[:, 0].clamp(0, 1)
 
 
 def filter_weights(weights: Tensor, params: SamplingParams) -> Tensor:
-    """Set to 0 what min-p, top-k and top-p hide, of probabilities [N, V] or anything in proportion to them.
+    """Set the weights of tokens outside min-p, top-k and top-p to 0. weights [N, V]: in proportion to probabilities.
 
-    min-p (Nguyen et al. 2024) keeps what is at least min_p times as likely as the likeliest; top-k the k likeliest;
-    top-p (Holtzman et al. 2020) the smallest set of the likeliest that holds at least top_p of what is left.
+    min-p (Nguyen et al. 2024) keeps tokens at least min_p times as likely as the most likely one. top-k keeps the k
+    most likely ones. top-p (Holtzman et al. 2020) keeps the smallest set of the most likely ones that has at least
+    top_p of the remaining weight.
     """
     if params.min_p > 0:
         weights = weights.masked_fill(weights < params.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
@@ -125,7 +131,7 @@ def filter_weights(weights: Tensor, params: SamplingParams) -> Tensor:
         weights = weights.masked_fill(weights < kth, 0.0)
     if params.top_p < 1:
         ordered, ids = weights.sort(dim=-1, descending=True)
-        above = ordered.cumsum(dim=-1) - ordered  # weight of all that is likelier
+        above = ordered.cumsum(dim=-1) - ordered  # total weight of the more likely tokens
         ordered = ordered.masked_fill(above >= params.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
         weights = torch.zeros_like(weights).scatter(-1, ids, ordered)
     return weights

@@ -1,12 +1,12 @@
-"""Command line and YAML into a dataclass: `tyro` reads the flags, this file feeds it and shortens what it says.
+"""Command line and YAML into a dataclass. `tyro` reads the flags, and this file shortens its error messages.
 
-Where this departs from a plain `tyro.cli(Config)`:
+Departures from a plain `tyro.cli(Config)`:
 
-* a YAML file is turned into the flags it stands for and read by the same parser: one set of types, one set of errors,
-  and floats such as `1e-6`, which YAML 1.1 takes for text, are read right;
-* an error is one line (a ValueError; the program prints it and exits with code 2), not a box of several;
-* a name that is not known is answered with the nearest one that is;
-* the first line of the docstring of each base class is a title in `--help`.
+* A YAML file is converted into flags and read by the same parser. Types and errors are then the same for both. Floats
+  such as `1e-6`, which are text in YAML 1.1, are read as floats.
+* An error is one line, not a box of several lines. It is a ValueError: the program prints it and exits with code 2.
+* The error for an unknown name suggests the nearest known name.
+* The first line of the docstring of each base class is a title in `--help`.
 
 How to call it:
 
@@ -23,22 +23,25 @@ import difflib
 import inspect
 import io
 import re
-import reprlib  # repr, bounded: a few lines of YAML aliases stand for a list of 10^10 items
+import reprlib  # a bounded repr: a few lines of YAML aliases can expand to a list of 10^10 items
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
 from run.closed_pipe import reader_may_go
 
-T = TypeVar("T")
-REMOVED = {"shared_prefix"}  # options of older versions, in the config.yaml of runs that are continued; ignored
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+REMOVED = {"shared_prefix"}  # options of older versions. A config.yaml of an old run may have them; they are ignored
 
 
 class _Capture(io.StringIO):
-    """What tyro prints, with the boxes it draws for a UTF-8 terminal: in ASCII they cannot be told from text."""
+    """Captures tyro's output. In UTF-8 its boxes have signs of their own; in ASCII they look like text."""
 
     encoding = "utf-8"
 
@@ -66,7 +69,7 @@ def parse_flags(schema: type[T], argv: list[str], default: T | None = None, sour
 
 
 def yaml_flags(path: str | Path, schema: type) -> list[str]:
-    """A YAML file as the flags it stands for. Raises FileNotFoundError or ValueError, each with one line."""
+    """Convert a YAML file into flags. Raises FileNotFoundError or ValueError, each with one line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
@@ -89,7 +92,7 @@ def yaml_flags(path: str | Path, schema: type) -> list[str]:
 
 
 def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
-    """One YAML value as a flag: a switch, one word, or several."""
+    """One YAML value as a flag: a switch, a flag with one word, or a flag with several words."""
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{where}: expected true or false, found {reprlib.repr(value)}")
@@ -104,7 +107,7 @@ def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
 
 
 def one_line(error: BaseException, limit: int = 600) -> str:
-    """What an error says, on one line and not endless: it may quote a stranger's file."""
+    """The message of an error on one line, at most about `limit` characters. It may quote an untrusted file."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
@@ -115,7 +118,7 @@ def flag_name(field: str) -> str:
 
 
 def normalise(argv: list[str], bare: dict[str, str]) -> list[str]:
-    """Write `--run_dir` as `--run-dir`, and give the flags in `bare` their value where they stand without one."""
+    """Write `--run_dir` as `--run-dir`. A flag in `bare` that has no value gets the value from `bare`."""
     words: list[str] = []
     for word, following in zip(argv, [*argv[1:], "--"]):
         name, equals, value = word.partition("=")
@@ -126,7 +129,7 @@ def normalise(argv: list[str], bare: dict[str, str]) -> list[str]:
 
 
 def take_flag(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
-    """Take every `flag VALUE` and `flag=VALUE` out of a command line: (values, what is left)."""
+    """Take every `flag VALUE` and `flag=VALUE` out of a command line: (values, remaining words)."""
     values, rest, words = [], [], iter(argv)
     for word in words:
         if word.startswith(flag + "="):
@@ -142,7 +145,7 @@ def take_flag(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
 
 
 def _unknown(word: str, known: list[str]) -> str:
-    """What to say about a name that is not in `known`."""
+    """The error message for a name that is not in `known`."""
     if known[0].startswith("--") and not word.startswith("--"):
         return f"unexpected argument {word!r}"
     word = word.partition("=")[0]
@@ -151,7 +154,7 @@ def _unknown(word: str, known: list[str]) -> str:
 
 
 def _sentence(box: str) -> str:
-    """What stands in the box that tyro draws around an error, above its first rule, as one line."""
+    """The text of the box around an error of tyro, up to its first horizontal line, as one line."""
     lines = [line.strip("│ ") for line in box.splitlines()]
     body = [line for line in lines if not line.startswith("╭")]
     end = next((i for i, line in enumerate(body) if line.startswith(("──", "╰"))), len(body))

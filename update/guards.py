@@ -1,13 +1,13 @@
-"""What watches a run's numbers: why an update was refused, when refusals end the run, and signs of a collapse.
+"""Checks of a run's numbers: the cause of a refused update, the end of a run after many refusals, signs of a collapse.
 
     logger.warning(name_culprit(...))            # "gradient of model.norm.weight (and 14 more) is not finite; ..."
     guard = Guard(max_refusals=10)
-    guard.watch(step, metrics)                   # after every step; a warning now and then, never a repair
-    if guard.gave_up: ...                        # so many steps in a row were refused
+    guard.watch(step, metrics)                   # after every step; it warns and never repairs
+    if guard.gave_up: ...                        # `max_refusals` steps in a row were refused
 
-A refused update leaves the weights as they were, so one bad answer costs a step and nothing else. Where every step is
-refused, the run is ended rather than burnt: what is wrong then is in the weights or the settings. A collapse (no
-entropy, only truncated answers, no group with a signal) is reported and not mended, because the mend is a choice.
+A refused update does not change the weights, so one bad response costs one step. If every step is refused, the fault is
+in the weights or the settings, and the run ends. A collapse (no entropy, only truncated responses, no group with a
+signal) is only reported. The remedy is for the user to choose.
 """
 
 from __future__ import annotations
@@ -23,45 +23,47 @@ from torch import Tensor
 from data_types import Episode
 from parallel import distributed
 from parallel.sharding import is_sharded
+from qwen2_llm import Qwen2ForCausalLM
 from update.packing import MicroBatch, Step
 from update.scoring import score
 
 logger = logging.getLogger(__name__)
 
-ENTROPY_FLOOR = 0.01  # nats a token: nineteen tokens in twenty are certain
-PATIENCE = 3  # steps in a row before a collapse is told
+ENTROPY_FLOOR = 0.01  # nats per token: about nineteen tokens in twenty are certain
+PATIENCE = 3  # steps in a row that show a sign before the first warning
 SILENCE = 50  # steps between two warnings of the same kind
-NUMBERS_ENDED_IT = 3  # the program's exit code where `Guard.gave_up`
+NUMBERS_ENDED_IT = 3  # the program's exit code if `Guard.gave_up`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which tensor, which episode
+# The cause of a refused update: a tensor and an episode
 
 
 def name_culprit(
-    model: torch.nn.Module, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
+    model: Qwen2ForCausalLM, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
 ) -> str:
-    """Say which tensor of a refused update is not finite, and which episode made it so, whichever rank had them.
+    """Name the tensor of a refused update that is not finite, and the first episode that causes it, on any rank.
+
+    The search computes each episode alone. It costs about one more update, and runs only after a refusal.
 
     Args:
-        model: with the refused step's gradients, not yet scaled or cleared. They are cleared here.
-        loss_of: a micro-batch's part of the loss, with its graph; each episode is gone through alone, so that this
-            costs about one more update, and nothing where no update is refused.
+        model: has the refused step's gradients, not yet scaled or cleared. They are cleared here.
+        loss_of: a micro-batch's part of the loss, with its graph.
     """
-    if is_sharded(model):  # episodes would have to be gone through by all ranks together
-        return "where weights are sharded, the episode is not looked for"
+    if is_sharded(model):  # all ranks would have to go through the episodes together
+        return "with sharded weights, the episode is not searched for"
     said = distributed.gather_each(_own_culprit(model, episodes, step, loss_of))
     return next((sentence for sentence in said if "such episode is" in sentence), said[0])
 
 
 def _own_culprit(
-    model: torch.nn.Module, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
+    model: Qwen2ForCausalLM, episodes: Sequence[Episode], step: Step, loss_of: Callable[[MicroBatch], Tensor]
 ) -> str:
-    """What this rank can say of it: from the weights, which come first, to the sum over all episodes."""
+    """The cause on this rank. The order of the search: weights, sampler, each episode, the sum over all episodes."""
     weights = _not_finite((name, p.detach()) for name, p in model.named_parameters())
     gradients = _not_finite((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     if weights:
-        return f"{_list('weight', weights)} is not finite: it was so before this step, load an earlier checkpoint"
+        return f"{_list('weight', weights)} is not finite, and was not before this step: load an earlier checkpoint"
     if (number := not_finite_answer(episodes)) is not None:
         token, episode = len(episodes[number].response_ids) - 1, describe(episodes[number], number)
         return f"the sampler's log-probability is not finite at token {token}; the first such episode is {episode}"
@@ -69,7 +71,7 @@ def _own_culprit(
         if cause := _cause(model, micro, loss_of):
             return f"{cause}; the first such episode is {describe(episodes[micro.numbers[0]], micro.numbers[0])}"
     where = _list("gradient", gradients) + " is not finite" if gradients else "the loss is not finite"
-    return f"{where}, though no episode alone makes it so: what overflowed is their sum"
+    return f"{where}, but every episode alone gives finite numbers: their sum overflowed"
 
 
 def not_finite_answer(episodes: Sequence[Episode]) -> int | None:
@@ -77,8 +79,8 @@ def not_finite_answer(episodes: Sequence[Episode]) -> int | None:
     return next((i for i, e in enumerate(episodes) if e.finish_reason == "not_finite"), None)
 
 
-def _cause(model: torch.nn.Module, micro: MicroBatch, loss_of: Callable[[MicroBatch], Tensor]) -> str | None:
-    """What is not finite in the update of one episode, from the inputs to the gradient; None: nothing."""
+def _cause(model: Qwen2ForCausalLM, micro: MicroBatch, loss_of: Callable[[MicroBatch], Tensor]) -> str | None:
+    """The first number that is not finite in the update of one episode, from its inputs to its gradient, or None."""
     for name, values in {"advantage": micro.advantages, "the sampler's log-probability": micro.old_logp}.items():
         if not values.isfinite().all():
             return f"{name} is not finite{_position(values)}"
@@ -101,7 +103,7 @@ def _position(values: Tensor) -> str:
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names, the last in the forward pass first: there a backward pass begins, so that is where it broke."""
+    """Names of tensors, the last of the forward pass first. The backward pass begins there, so the fault does, too."""
     return [name for name, tensor in tensors if not tensor.isfinite().all()][::-1]
 
 
@@ -110,7 +112,7 @@ def _list(kind: str, names: list[str]) -> str:
 
 
 def describe(episode: Episode, number: int) -> str:
-    """An episode as people find it again in samples.jsonl."""
+    """Describe an episode by the fields that identify it in samples.jsonl."""
     problem = f", problem {episode.problem.id}" if episode.problem else ""
     return (
         f"number {number} of the step, group {episode.group_id}{problem}: {len(episode.response_ids)} tokens, "
@@ -126,7 +128,7 @@ class Guard:
     """Counts refused steps in a row and steps in a row that look like a collapse.
 
     Args:
-        max_refusals: so many refusals in a row and `gave_up` is true; 0: never.
+        max_refusals: `gave_up` is true after this many refusals in a row. 0: never.
     """
 
     def __init__(self, max_refusals: int = 10):
@@ -142,7 +144,7 @@ class Guard:
         return 0 < self.max_refusals <= self.refusals
 
     def refused(self, diagnosis: str) -> None:
-        """Warn why an update was refused, and keep the reason for the end of the run."""
+        """Warn that an update was refused. The reason is kept for the message at the end of the run."""
         self.diagnosis = diagnosis
         logger.warning("the update was refused (%s); the weights stay as they were", diagnosis)
 
@@ -153,8 +155,8 @@ class Guard:
         self._skipped += 1
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
-        """Look at a step's metrics; warn where a sign of collapse has stood for PATIENCE steps, then be silent for
-        SILENCE steps."""
+        """Check the metrics of a step. A sign of collapse that lasts PATIENCE steps gives one warning per SILENCE
+        steps."""
         self.refusals = self.refusals + 1 if metrics.get("update/not_finite") else 0
         for sign, advice in collapse_signs(metrics).items():
             self._streaks[sign] += 1
@@ -166,23 +168,23 @@ class Guard:
 
 
 def collapse_signs(metrics: dict[str, float]) -> dict[str, str]:
-    """Each sign of a collapse that a step's metrics show, with what to try."""
+    """Each sign of a collapse in the metrics of a step, with advice."""
     reward = metrics.get("reward", math.nan)
     signs = {
-        "no answer could be scored": (
+        "no response could be scored": (
             math.isnan(reward),
-            "The reward of every answer is missing: look at what the task says of its failures",
+            "The reward of every response is missing: read the task's warnings about failed rewards",
         ),
-        "all rewards of every group are equal, so nothing is learnt": (
+        "all rewards of every group are equal, so nothing is learned": (
             metrics.get("frac_reward_zero_std") == 1 and not math.isnan(reward),
-            f"The mean reward is {reward:.3g}: take easier problems where it is low and harder ones where it is high, "
+            f"The mean reward is {reward:.3g}: take easier problems if it is low, harder ones if it is high, "
             "or a larger --group-size",
         ),
-        "every answer was cut at --max-new-tokens": (
+        "every response was cut at --max-new-tokens": (
             metrics.get("completions/clipped_ratio") == 1,
-            "Raise it, or check that the model's stop token is the tokenizer's",
+            "Raise it, or check that the model and the tokenizer have the same stop token",
         ),
-        "the entropy is near 0, so that the answers of a group hardly differ": (
+        "the entropy is near 0, so the responses of a group hardly differ": (
             metrics.get("update/tokens", 0) > 0 and metrics.get("entropy", math.inf) < ENTROPY_FLOOR,
             "Try --entropy-coef 0.001 or --entropy-target, a higher --temperature, or a lower --lr",
         ),

@@ -1,51 +1,52 @@
-"""Every loss of the field as pure functions on flat tensors: no model, no optimizer, no padding.
+"""The losses of GRPO and its variants as pure functions on flat tensors: no model, no optimizer, no padding.
 
-The response tokens of all episodes of a micro-batch lie end to end, [M]; `lengths` [E] says where one episode stops and
-the next begins. No padding, hence no padding mask. Where a token must not count, `keep` [M] is False and its weight is
-0, and whatever stands there (NaN, 1e9) reaches neither value nor gradient.
+The response tokens of all episodes of a micro-batch lie end to end, [M]. `lengths` [E] gives the number of tokens of
+each episode. There is no padding and no padding mask. If a token must not count, its `keep` [M] is False and its weight
+is 0. Its numbers (even NaN or 1e9) then change neither value nor gradient.
 
 Two departures from the textbook:
 
 - A loss here is a *term per token*. Denominators belong to the optimizer step: `token_weights` gives every token of
-  the step its weight once, and each micro-batch adds up `weight * term`. The gradient is then the same however the step
-  is cut into micro-batches, which a mean per micro-batch is not.
-- Logits never exist whole: `token_logprobs` goes through the LM head a slice of the vocabulary at a time. How it does
-  that, and its slow, obvious twin, are next door in head_logprobs.py.
+  the step its weight once, and each micro-batch adds up `weight * term`. The gradient then does not depend on the size
+  of the micro-batches. With a mean per micro-batch it would.
+- The whole logits are never stored: `token_logprobs` applies the LM head to chunks of the vocabulary (chunked LM head).
+  head_logprobs.py has that function and its reference implementation.
 
     logp, entropy = token_logprobs(hidden, model.lm_head.weight, targets, temperature)
     weights = token_weights("dapo", lengths, max_new_tokens)                       # once a step
     terms = policy_loss(logp, old_logp, advantages, lengths, loss_type="dapo")
     loss = weighted_sum(terms.loss + beta * kl_penalty(logp, ref_logp, "k3"), weights)
 
-Shape letters: M loss tokens, E episodes, D hidden, V vocabulary, T tokens of one answer. All in fp32 (fp64 stays fp64).
+Shape letters: M loss tokens, E episodes, D hidden, V vocabulary, T tokens of a response. All in fp32 (fp64 stays fp64).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # exp is continued by its tangent from here on: e^20 = 5e8, while e^89 overflows fp32
+LOG_RATIO_LIMIT = 20.0  # `safe_exp` is linear above this: e^20 = 5e8, and e^89 would overflow fp32
 
 
 # ------------------------------------------------------------------------------------------------ weights of the tokens
 
 
 def token_weights(loss_type: str, lengths: Tensor, max_new_tokens: int, keep: Tensor | None = None) -> Tensor:
-    """Weight [M] of every loss token of an optimizer step, fp32; the step's loss is sum(weight * term).
+    """Weight [M] of every loss token of an optimizer step, fp32. The step's loss is sum(weight * term).
 
-    `lengths` [E] are the episodes of the whole step, not of a micro-batch; `keep` [M] is False where a token must not
-    count. With n_i kept tokens in episode i and N in all (as in TRL 1.16):
+    `lengths` [E] are those of the whole step, not of a micro-batch. `keep` [M] is False for tokens that must not count.
+    With n_i kept tokens in episode i and N in all (as in TRL 1.16):
       dapo, cispo        1 / N                       (DAPO, arXiv 2503.14476, eq. 8)
-      bnpo               1 / N; TRL's mean over the local batch is this mean where the local batch is the step
+      bnpo               1 / N; TRL's mean over the local batch is the same if the local batch is the step
       grpo, gspo, sapo   1 / (E n_i)                 (DeepSeekMath, arXiv 2402.03300, eq. 3)
       dr_grpo            1 / (E max_new_tokens)      (Dr. GRPO, arXiv 2503.20783)
-    E counts episodes without a kept token too. Nothing kept: zeros. Raises ValueError for an unknown loss.
+    E counts episodes without a kept token, too. If no token is kept, all weights are 0.
+    Raises ValueError for an unknown loss.
     """
     _check_loss_type(loss_type)
     M, E = int(lengths.sum()), lengths.numel()
@@ -61,13 +62,13 @@ def token_weights(loss_type: str, lengths: Tensor, max_new_tokens: int, keep: Te
 
 
 def weighted_sum(terms: Tensor, weights: Tensor) -> Tensor:
-    """sum(weights * terms), a scalar; a term of weight 0 counts nothing, whatever its value. Both [M]."""
+    """sum(weights * terms), a scalar, of two [M] tensors. A term of weight 0 adds 0, even if it is NaN."""
     _check_flat(terms.numel(), terms=terms, weights=weights)
     return (torch.where(weights != 0, terms, 0.0) * weights).sum()
 
 
 def _episode_of_token(lengths: Tensor, M: int, device: torch.device) -> Tensor:
-    """[3, 1] -> [0, 0, 0, 1], on `device`. Raises where the lengths do not add up to M."""
+    """[3, 1] -> [0, 0, 0, 1], on `device`. Raises ValueError if the lengths do not add up to M."""
     if lengths.dim() != 1 or int(lengths.sum()) != M:
         raise ValueError(f"lengths are {lengths.tolist()}, expected [E] numbers that add up to the {M} tokens")
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths).to(device)
@@ -87,7 +88,7 @@ def _check_flat(M: int, **tensors: Tensor | None) -> None:
 
 
 class PolicyTerms(NamedTuple):
-    """All [M]. `loss` carries the gradient; the rest is for metrics: the detached ratio, and where the clip bites."""
+    """All [M]. `loss` has the gradient. For metrics: the detached ratio, and True for each token that is clipped."""
 
     loss: Tensor
     ratio: Tensor
@@ -96,16 +97,16 @@ class PolicyTerms(NamedTuple):
 
 
 class PolicyInputs(NamedTuple):
-    """What a loss sees: [M] tensors with zeros where a token is not kept, and the options with their defaults."""
+    """Inputs of a policy loss: [M] tensors, 0 for a token that is not kept, and the options with their defaults."""
 
     logp: Tensor
     log_ratio: Tensor
-    advantage: Tensor  # its episode's
+    advantage: Tensor  # of the token's episode
     keep: Tensor
-    episode: Tensor  # its episode's index, 0 to E - 1
+    episode: Tensor  # index of the token's episode, 0 to E - 1
     E: int
     epsilon_low: float = 0.2
-    epsilon_high: float = 0.2  # DAPO's clip-higher: 0.28; gspo wants both near 3e-4
+    epsilon_high: float = 0.2  # DAPO's clip-higher: 0.28. gspo needs both near 3e-4
     delta: float | None = None  # dual clip: an upper bound of the ratio, above 1 + epsilon_high
     cispo_epsilon_max: float = 5.0
     sapo_temperature_pos: float = 1.0
@@ -114,12 +115,12 @@ class PolicyInputs(NamedTuple):
 
 def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, lengths: Tensor, *,
-    loss_type: str = "dapo", keep: Tensor | None = None, **options: float | None,
+    loss_type: str = "dapo", keep: Tensor | None = None, **options: Any,
 ) -> PolicyTerms:  # fmt: skip
-    """The policy loss of every token, before weights: see `token_weights` and `weighted_sum`.
+    """The policy loss of every token, [M], before weights. See `token_weights` and `weighted_sum`.
 
-    logp and old_logp [M], advantages [E] (one an episode, spread over its tokens here), lengths [E] (whole episodes,
-    end to end), keep [M] or None, options: those of `PolicyInputs`. Raises ValueError for an unknown loss, wrong shapes
+    logp, old_logp [M]. advantages [E], one per episode: all its tokens get it. lengths [E]: whole episodes, end to end.
+    keep [M]; None: all tokens. options: those of `PolicyInputs`. Raises ValueError for an unknown loss, wrong shapes
     and a `delta` inside the clip range, TypeError for an unknown option.
     """
     _check_loss_type(loss_type)
@@ -140,14 +141,14 @@ def policy_loss(
 def clipped_surrogate(x: PolicyInputs) -> PolicyTerms:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv 1707.06347, eq. 7), clip-higher (DAPO, arXiv 2503.14476).
 
-    `delta` bounds r itself, so that a token of negative advantage whose ratio has run away loses its pull: dual-clip
-    PPO (arXiv 1912.09729), brought to GRPO by INTELLECT-2 (arXiv 2505.07291).
+    `delta` is an upper bound of r itself. Without it, a token of negative advantage and very large r has a very large
+    gradient. The bound is from dual-clip PPO (arXiv 1912.09729). INTELLECT-2 (arXiv 2505.07291) uses it in GRPO.
     """
     return _clip(safe_exp(x.log_ratio), x)
 
 
 def sequence_surrogate(x: PolicyInputs) -> PolicyTerms:
-    """The same with one ratio an episode, the geometric mean of its tokens': GSPO (arXiv 2507.18071, eqs. 5 and 7)."""
+    """The same with one ratio per episode, the geometric mean over its tokens: GSPO (arXiv 2507.18071, eqs. 5, 7)."""
     count = _segment_sum(x.keep.to(x.logp), x.episode, x.E).clamp(min=1)
     return _clip(safe_exp(_segment_sum(x.log_ratio, x.episode, x.E) / count)[x.episode], x)
 
@@ -161,9 +162,9 @@ def _clip(ratio: Tensor, x: PolicyInputs) -> PolicyTerms:
 
 
 def cispo(x: PolicyInputs) -> PolicyTerms:
-    """-sg(min(r, epsilon_max)) A log pi: the weight is clipped, and no token loses its gradient.
+    """-sg(min(r, epsilon_max)) A log pi, sg: stop gradient. Only the weight is clipped; every token has a gradient.
 
-    MiniMax-M1 (arXiv 2506.13585, eq. 4) without the lower bound, as TRL and ScaleRL (arXiv 2510.13786) have it.
+    MiniMax-M1 (arXiv 2506.13585, eq. 4) without the lower bound, as in TRL and ScaleRL (arXiv 2510.13786).
     """
     ratio = safe_exp(x.log_ratio)
     high = (ratio > x.cispo_epsilon_max) & (x.advantage > 0)
@@ -180,7 +181,7 @@ def sapo(x: PolicyInputs) -> PolicyTerms:
 
 
 POLICY_LOSSES: dict[str, Callable[..., PolicyTerms]] = {
-    "grpo": clipped_surrogate,  # grpo, bnpo, dr_grpo and dapo differ in their weights alone
+    "grpo": clipped_surrogate,  # grpo, bnpo, dr_grpo and dapo differ only in their token weights
     "bnpo": clipped_surrogate,
     "dr_grpo": clipped_surrogate,
     "dapo": clipped_surrogate,
@@ -191,7 +192,7 @@ POLICY_LOSSES: dict[str, Callable[..., PolicyTerms]] = {
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """exp(x) up to x = 20, its tangent beyond: never infinite, and its gradient neither infinite nor lost."""
+    """exp(x) up to x = 20, and its tangent above. Value and gradient are always finite, and the gradient is never 0."""
     return x.clamp(max=LOG_RATIO_LIMIT).exp() * (1 + F.relu(x - LOG_RATIO_LIMIT))
 
 
@@ -211,21 +212,21 @@ def kl_penalty(
 
     k1, k2, k3 (Schulman 2020, joschu.net/blog/kl-approx.html) estimate KL(policy || reference). d = ref_logp - logp:
 
-      k1         -d               unbiased, any sign    as a loss its expected gradient is 0: put it into the reward
+      k1         -d               unbiased, any sign    as a loss its expected gradient is 0: use it in the reward
       k2         d^2 / 2          biased, small spread  gradient of KL(policy || reference), exact on policy
       k3         exp(d) - d - 1   unbiased, >= 0        gradient of KL(reference || policy), the other direction
-      kl         max(0, d - kl_target)                  biased; pulls only tokens that became less likely (GRPO-Mini)
+      kl         max(0, d - kl_target)                  biased; only tokens that became less likely count (GRPO-Mini)
       approx_kl  exp(d) - d - 1                         k3 under GRPO-Mini's name, against the rollout policy
 
-    Against the rollout policy, give its log-probabilities as `ref_logp`. With `old_logp` the term is multiplied by
-    policy / old policy, gradient included: then k3 has the gradient of KL(policy || reference), off policy as well
+    To compare with the rollout policy, pass its log-probabilities as `ref_logp`. With `old_logp` the term is multiplied
+    by policy / old policy, which has a gradient. Then k3 has the gradient of KL(policy || reference), also off policy
     (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl). No gradient reaches the reference.
     """
     _check_flat(logp.numel(), logp=logp, ref_logp=ref_logp, old_logp=old_logp, keep=keep)
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
     old = logp if old_logp is None else old_logp
-    if keep is not None:  # zeros before the arithmetic: every estimator is 0 there, with gradient 0
+    if keep is not None:  # zeros before the arithmetic: every estimator then has value 0 and gradient 0
         logp, ref_logp, old = (torch.where(keep, x, 0.0) for x in (logp, ref_logp, old))
     term = KL_ESTIMATORS[estimator](ref_logp.detach() - logp, kl_target)
     return term if old_logp is None else term * safe_exp(logp - old.detach())
@@ -244,27 +245,28 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def entropy_bonus(entropy: Tensor, weights: Tensor, coef: float) -> Tensor:
-    """-coef * mean entropy, a scalar to add to the loss; with dapo's weights the mean is over the step's tokens."""
+    """-coef * mean entropy, a scalar to add to the loss. With dapo's weights the mean is over the step's tokens."""
     return -coef * weighted_sum(entropy, weights)
 
 
 def adapt_entropy_coef(
     coef: float, entropy: float, target: float, step: float = 0.005, low: float = 0.0, high: float = 1.0
 ) -> tuple[float, float]:
-    """From a step's mean entropy (nats): the new coefficient, and what the next step is to apply (0 above the target).
+    """The new coefficient, and the coefficient that the next step applies: the same, or 0 above the target.
 
-    Up a step at or below the target, down a step above it (Skywork-OR1, arXiv 2505.22312).
+    `entropy`: mean of a step, in nats. The coefficient rises by `step` if the entropy is at or below the target, and
+    falls by `step` if it is above (Skywork-OR1, arXiv 2505.22312).
     """
-    hungry = entropy <= target
-    coef = min(coef + step, high) if hungry else max(coef - step, low)
-    return coef, coef if hungry else 0.0
+    too_low = entropy <= target
+    coef = min(coef + step, high) if too_low else max(coef - step, low)
+    return coef, coef if too_low else 0.0
 
 
 def top_entropy_mask(entropy: Tensor, share: float, keep: Tensor | None = None) -> Tensor:
     """True [M] for the `share` (0 to 1) of kept tokens of highest entropy: "Beyond the 80/20 rule", arXiv 2506.01939.
 
-    Multiply it into the policy weights; denominators and KL stay as they are (TRL's top_entropy_quantile). The quantile
-    is over the tokens given: give it a whole step's, or the mask depends on the micro-batches.
+    Multiply the policy weights by it. Denominators and KL do not change (TRL's top_entropy_quantile). The quantile is
+    over the given tokens. Pass those of the whole step: otherwise the mask depends on the micro-batches.
     """
     keep = torch.ones_like(entropy, dtype=torch.bool) if keep is None else keep
     _check_flat(entropy.numel(), entropy=entropy, keep=keep)
@@ -282,11 +284,11 @@ def importance_weights(
     trainer_old_logp: Tensor, rollout_logp: Tensor, lengths: Tensor, mode: str = "mask_sequence",
     cap: float | None = 2.0, floor: float | None = None, keep: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Detached factor [M] for the policy terms that undoes the gap between sampler and trainer at the same weights.
+    """Detached factor [M] of the policy terms. It corrects the difference of sampler and trainer at equal weights.
 
-    r = trainer's / sampler's probability of the token (mode `*_token`) or of the whole answer (`*_sequence`).
-    `truncate_*` clamps r into [floor, cap], `mask_*` gives 0 to what lies outside; as TRL 1.16's
-    vllm_importance_sampling_mode. A token without a sampler's log-probability (NaN) counts as equal.
+    r = trainer's / sampler's probability of the token (mode `*_token`) or of the whole response (`*_sequence`).
+    `truncate_*` clamps r into [floor, cap]. `mask_*` replaces r by 0 outside this range. Both are as in TRL 1.16's
+    vllm_importance_sampling_mode. A token without the sampler's log-probability (NaN) has log r = 0.
     """
     if mode not in IMPORTANCE_MODES:
         raise ValueError(f"importance mode is {mode!r}, expected one of {', '.join(IMPORTANCE_MODES)}")
@@ -314,13 +316,13 @@ def transport_cost(
     hidden_new: Tensor, hidden_old: Tensor, window: int, regularisation: float = 0.1, iterations: int = 5,
     marginals: tuple[Tensor, Tensor] | None = None, keep: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Entropic transport cost between one answer's last hidden states in two policies, each [T, D]; a scalar.
+    """Entropic transport cost between the last hidden states of one response in two policies, each [T, D]; a scalar.
 
-    A pair of tokens costs 1 - cosine, only tokens at most `window` apart may pair, and the sum of plan * cost is
-    divided by the number of kept tokens (none kept: 0). `marginals`: positive masses [T] of new and of old tokens, by
-    default 1 each. The plan is Sinkhorn's in the log domain (Cuturi, arXiv 1306.0895; Peyre and Cuturi, arXiv
-    1803.00567, section 4.4); the gradient goes through its iterations into `hidden_new` alone. Only the band of
-    neighbours is worked on: [T, J], row i a token, its columns the J = 2 window + 1 tokens around i.
+    A pair of tokens costs 1 - cosine. Only tokens at most `window` apart may pair. The sum of plan * cost is divided by
+    the number of kept tokens (none kept: 0). `marginals`: positive masses [T] of new and of old tokens, by default 1.
+    The plan is Sinkhorn's in the log domain (Cuturi, arXiv 1306.0895; Peyre and Cuturi, arXiv 1803.00567, section 4.4).
+    The gradient passes through its iterations, only into `hidden_new`. Costs are computed for neighbours only, as
+    [T, J]: row i is a token, and its columns are the J = 2 window + 1 tokens around i.
     Raises ValueError for wrong shapes and for numbers out of range.
     """
     shapes, T = (tuple(hidden_new.shape), tuple(hidden_old.shape)), len(hidden_new)
@@ -338,7 +340,7 @@ def transport_cost(
     log_new, log_old = (mass[position].to(dtype).log() for mass in (mass_new, mass_old))
     neighbour, allowed = _band(position, window)
     cost = 1 - new @ old.T
-    cost, cost_T = cost.gather(1, neighbour), cost.T.gather(1, neighbour)  # a new token's partners, an old token's
+    cost, cost_T = cost.gather(1, neighbour), cost.T.gather(1, neighbour)  # a new token's partners, an old one's
     kernel, kernel_T = (torch.where(allowed, -c / regularisation, -math.inf) for c in (cost, cost_T))
     g = torch.zeros_like(log_old)
     for _ in range(iterations):
@@ -349,7 +351,7 @@ def transport_cost(
 
 
 def _band(position: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """For kept tokens at these positions: [T, J] indices of the J nearest, and which of them are within the window."""
+    """For kept tokens at these positions: indices [T, J] of the J nearest, and True for those within the window."""
     T = len(position)
     reach = min(window, max(0, T - 1))
     offset = torch.arange(-reach, reach + 1, device=position.device)
@@ -369,6 +371,6 @@ def transport_penalty(
     """
     sizes = lengths.tolist()
     keep = torch.ones(len(hidden_new), dtype=torch.bool, device=hidden_new.device) if keep is None else keep
-    answers = zip(hidden_new.split(sizes), hidden_old.split(sizes), keep.split(sizes))
-    costs = [transport_cost(new, old, keep=k, **options) for new, old, k in answers]
+    responses = zip(hidden_new.split(sizes), hidden_old.split(sizes), keep.split(sizes))
+    costs = [transport_cost(new, old, keep=k, **options) for new, old, k in responses]
     return F.relu(torch.stack(costs) - ot_target) if costs else hidden_new.new_zeros(0)

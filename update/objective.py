@@ -24,7 +24,7 @@ from model.lora import adapters_off
 from qwen2_llm import Qwen2ForCausalLM
 from run.options import LossOptions
 from update import losses
-from update.packing import MicroBatch
+from update.packing import MicroBatch, Scores
 from update.scoring import response_states, score, score_states
 from update.step_metrics import StepTotals
 
@@ -49,6 +49,8 @@ def micro_batch_loss(
     if o.divergence_in_loss:
         ref_logp = None
         if o.needs_reference:
+            if reference is None:
+                raise ValueError(f"kl {o.kl!r} compares with a reference policy, and none was given")
             with torch.no_grad(), adapters_off(reference):
                 ref_logp, _ = score(reference, micro)
         divergence = divergence_terms(o, micro, logp, hidden, ref_logp)
@@ -93,7 +95,7 @@ def divergence_terms(
 ) -> Divergence:
     """The divergence of a micro-batch from the reference. `ref_logp` None: from the rollout policy."""
     if o.kl == "ot":
-        old = hidden.detach() if micro.before is None else _joined([s.hidden for s in micro.before], hidden)
+        old = hidden.detach() if micro.before is None else _joined(_hidden_states(micro.before), hidden)
         cost_E = losses.transport_penalty(
             hidden, old, micro.lengths, ot_target=o.ot_target, window=o.ot_window,
             regularisation=o.ot_regularization, iterations=o.ot_iterations,
@@ -102,6 +104,10 @@ def divergence_terms(
     other = micro.old_logp if ref_logp is None else ref_logp
     terms_M = losses.kl_penalty(logp, other, o.kl, kl_target=o.kl_target)
     return Divergence(losses.weighted_sum(terms_M, micro.weights), terms_M.detach())
+
+
+def _hidden_states(scores: list[Scores]) -> list[Tensor]:
+    return [s.hidden for s in scores if s.hidden is not None]
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:

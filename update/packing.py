@@ -3,10 +3,10 @@
     step = Step(episodes, model.device, loss_type="dapo")
     for micro in step.micro_batches(max_tokens=16384): ...
 
-Weights are made once for the whole step, so that micro-batches only add up their parts: how the step is cut changes
-memory, not the gradient. A group's prompt stands in a micro-batch once, and all its answers attend to it.
+Weights are computed once for the whole step, and micro-batches add up their parts. Their size changes memory,
+not the gradient. The prompt of a group is in a micro-batch once, and all its responses attend to it.
 
-Shape letters: N flat tokens of a micro-batch, M of them scored (response tokens), E episodes, T tokens of one answer,
+Shape letters: N flat tokens of a micro-batch, M of them scored (response tokens), E episodes, T tokens of one response,
 D hidden.
 """
 
@@ -28,8 +28,10 @@ from update import losses
 
 
 class Scores(NamedTuple):
-    """What a policy says of one answer, on the CPU: log-probability of each token [T] fp32, and where they were asked
-    for the last hidden states that predict them, [T, D]."""
+    """Scores of one response under a policy, on the CPU: log-probability of each token, [T] fp32.
+
+    hidden: the last hidden states that predict the tokens, [T, D]. None: they were not asked for.
+    """
 
     logp: Tensor
     hidden: Tensor | None = None
@@ -37,23 +39,24 @@ class Scores(NamedTuple):
 
 @dataclass
 class MicroBatch:
-    """Whole groups as flat rows: each prompt once, then its answers. The last token of an answer predicts nothing and
-    is left out of the rows.
+    """Whole groups as flat rows: each prompt once, then its responses.
+
+    The last token of a response predicts nothing and has no row.
     """
 
     ids: Tensor  # [N]
     positions: Tensor  # [N]
     layout: Layout
-    predicting_rows: Tensor  # [M] row whose hidden state predicts the token: the one before it
+    predicting_rows: Tensor  # [M] the row before the token: its hidden state predicts the token
     targets: Tensor  # [M]
     old_logp: Tensor  # [M] the sampler's
     weights: Tensor  # [M] the token's share in the step's loss
     advantages: Tensor  # [E]
     lengths: Tensor  # [E]
-    answer_weight: float  # an answer's share in a mean over the step's answers
+    answer_weight: float  # weight of a response in a mean over the step's responses
     temperature: float
     vocab_size: int | None
-    numbers: list[int]  # [E] which of the step's episodes these are
+    numbers: list[int]  # [E] index of each episode in the step
     before: list[Scores] | None  # [E] the training code's scores with the weights before the rollout's first update
 
 
@@ -92,15 +95,16 @@ class Step:
         keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
         weights = losses.token_weights(loss_type, lengths, longest, keep_M).split(lengths.tolist())
         members = map(Member, range(len(episodes)), episodes, weights)
-        # A reward that was NaN has advantage 0; with beta or an entropy term its tokens still count.
+        # An episode with a NaN reward has advantage 0. With beta or an entropy term its tokens still count.
         trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
-        self.trains = bool(trained)  # whether anybody has something to learn from
+        self.trains = bool(trained)  # some episode of the step, on any rank, has a gradient
         self.trained = trained
         self.answer_weight = 1 / max(1, sum(kept))
 
     def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
-        """Groups packed in order until the next would not fit; a group that is too large alone is cut, and its prompt
-        computed once a piece."""
+        """Pack groups in order until the next one does not fit. A group that is too large alone is cut into pieces.
+
+        The prompt is computed once in each piece."""
         packed: list[list[list[Member]]] = []
         size = 0
         for piece in self._pieces(max_tokens):
@@ -116,14 +120,14 @@ class Step:
             yield self._micro_batch(groups)
 
     def _pieces(self, max_tokens: int) -> list[list[Member]]:
-        """Episodes that share a prompt's computation: of one group, and with the same prompt ids."""
+        """Episodes that share the computation of a prompt. They have the same group and the same prompt ids."""
         groups = defaultdict(list)
         for member in self.trained:
             if self.groups is not None and member.episode.group_id not in self.groups:
                 continue
             key = (member.episode.group_id, tuple(member.episode.prompt_ids))
             groups[key].append(member)
-        pieces = []
+        pieces: list[list[Member]] = []
         for group in groups.values():
             pieces.append([])
             for member in group:
@@ -137,10 +141,13 @@ class Step:
         return len(piece[0].episode.prompt_ids) + sum(len(m.episode.response_ids) - 1 for m in piece)
 
     def _micro_batch(self, groups: list[list[Member]]) -> MicroBatch:
-        """Without a group: an idle one, a row that nobody scores; its layers' weights are gathered like all others'."""
+        """The micro-batch of these groups. Without a group it is idle: one row without a scored token.
+
+        An idle micro-batch lets this rank take part when the ranks gather the sharded weights of a layer."""
         members = [member for group in groups for member in group]
         episodes = [m.episode for m in members]
-        ids, rows = [], []
+        ids: list[int] = []
+        rows: list[int] = []
         for group in groups:
             prompt = group[0].episode.prompt_ids
             last_prompt_row = len(ids) + len(prompt) - 1

@@ -1,4 +1,4 @@
-"""What a policy says of tokens that were drawn: log-probabilities, entropies, hidden states, which tokens stand out.
+"""Scores of sampled tokens under a policy: log-probabilities, entropies, hidden states, tokens of high entropy.
 
     logp, entropy = score(model, micro)                 # a micro-batch, with a gradient
     scores = score_episodes(model, episodes)            # whole episodes, without one
@@ -25,7 +25,7 @@ from update.packing import MicroBatch, Scores, Step
 
 
 def score(model: Qwen2ForCausalLM, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token and entropy where it was drawn: [M] and [M], fp32."""
+    """Log-probability of every response token, and entropy of the distribution at its position: [M] and [M], fp32."""
     return score_states(model, micro, response_states(model, micro))
 
 
@@ -35,7 +35,7 @@ def response_states(model: Qwen2ForCausalLM, micro: MicroBatch) -> Tensor:
 
 
 def score_states(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `score`, from hidden states that one has already."""
+    """The same as `score`, from hidden states that are already computed."""
     return token_logprobs(hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size)
 
 
@@ -44,9 +44,11 @@ def score_episodes(
     model: Qwen2ForCausalLM, episodes: Sequence[Episode], *, keep_hidden: bool = False,
     micro_batch_tokens: int = 16384, groups: set[int] | None = None,
 ) -> list[Scores]:  # fmt: skip
-    """What the model says of each episode's tokens, without a gradient and without dropout.
+    """Scores of each episode's tokens under the model, without a gradient and without dropout.
 
-    groups: ids of those that are asked for, None: all; the others' episodes get empty scores.
+    keep_hidden: also return the hidden states.
+    micro_batch_tokens: most tokens in one forward pass. It is halved if memory runs out.
+    groups: ids of the groups to score. None: all. Episodes of other groups get empty scores.
     """
     step = Step(episodes, model.device, groups=groups, lockstep=is_sharded(model))
     nothing = Scores(torch.zeros(0), torch.zeros(0, model.config.hidden_size) if keep_hidden else None)
@@ -71,8 +73,10 @@ def score_episodes(
 
 
 @torch.no_grad()
-def top_entropy_masks(model, micro_batches: list[MicroBatch], share: float) -> list[Tensor | None]:
-    """For each micro-batch, which tokens are among the step's `share` of highest entropy; all: None."""
+def top_entropy_masks(
+    model: Qwen2ForCausalLM, micro_batches: list[MicroBatch], share: float
+) -> Sequence[Tensor | None]:
+    """For each micro-batch, a mask [M] of the tokens among the step's `share` of highest entropy. None: all tokens."""
     if share == 1:
         return [None] * len(micro_batches)
     entropies = [score(model, micro)[1] for micro in micro_batches]

@@ -1,7 +1,8 @@
-"""Between rollout and advantages: groups that say nothing, and what the trainer alone can add to a reward.
+"""Changes between rollout and advantages: groups without a signal are dropped, and penalties are added to rewards.
 
-A task sees text. Lengths in tokens and log-probabilities are the trainer's, and so are the penalties made of them; each
-becomes a part of the reward under its name, is logged like the others, and stays out of evaluations.
+A reward function sees text. It does not see lengths in tokens or log-probabilities, so the trainer applies the
+penalties that need them. Each penalty is a named part of the reward and is logged as the other parts are. Evaluations
+leave it out.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from update.step_metrics import has_signal
 def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
     """(episodes of groups whose rewards differ, the other episodes): DAPO's dynamic sampling, section 3.2.
 
-    The task's own rewards decide. Penalties of the trainer (length, divergence) would let a group of wrong responses
-    train on its lengths. A group with a response whose logits were not finite stays, so that the update is refused."""
+    Only the task's own rewards count here. With the trainer's penalties (length, divergence), a group of wrong
+    responses would train on its lengths. A group with a response whose logits were not finite is kept, so that the
+    update is refused."""
     groups = defaultdict(list)
     for episode in episodes:
         groups[episode.group_id].append(episode.task_reward)
     broken = {e.group_id for e in episodes if e.finish_reason == "not_finite"}
-    tells = {group for group, rewards in groups.items() if has_signal(rewards)} | broken
-    return [e for e in episodes if e.group_id in tells], [e for e in episodes if e.group_id not in tells]
+    kept = {group for group, rewards in groups.items() if has_signal(rewards)} | broken
+    return [e for e in episodes if e.group_id in kept], [e for e in episodes if e.group_id not in kept]
 
 
 def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: int) -> list[Episode]:
-    """Take up to 1 from the reward of answers that come within `buffer` tokens of the cap: DAPO's soft overlong
-    punishment, eq. 13. The penalty is the reward part `overlong`."""
+    """Take up to 1 from the reward of responses that come within `buffer` tokens of the limit `max_new_tokens`.
+
+    This is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). The penalty is the reward part `overlong`."""
     penalties = [soft_overlong_penalty(len(e.response_ids), max_new_tokens, buffer) for e in episodes]
     return [_add_part(e, "overlong", penalty, 1.0) for e, penalty in zip(episodes, penalties)]
 
@@ -50,8 +53,9 @@ def penalise_divergence(
     *,
     micro_batch_tokens: int = 16384,
 ) -> list[Episode]:
-    """Take beta * KL(sampler || reference) from each reward, estimated on the answer's own tokens and summed over them
-    (Ouyang et al. 2022, arXiv 2203.02155, eq. 2). The estimate is the reward part `kl`."""
+    """Take beta * KL(sampler || reference) from each reward (Ouyang et al. 2022, arXiv 2203.02155, eq. 2).
+
+    The divergence is estimated at each token of the response and summed. The estimate is the reward part `kl`."""
     groups = my_groups(episodes)
     with adapters_off(reference):
         scores = score_episodes(reference, episodes, groups=groups, micro_batch_tokens=micro_batch_tokens)

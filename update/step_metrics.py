@@ -1,4 +1,4 @@
-"""The numbers that a step reports: sums over its micro-batches, and what its rollout earned."""
+"""The metrics of a step: sums over its micro-batches, and the rewards of its rollout."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Metrics = dict[str, float]
 
 
 class StepTotals:
-    """Adds up what the micro-batches of a step say; `metrics()` gives means over the step's tokens."""
+    """Adds up the numbers of a step's micro-batches. `metrics()` gives means over the step's tokens."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.lowest: dict[str, float] = defaultdict(lambda: math.inf)
         self.highest: dict[str, float] = defaultdict(lambda: -math.inf)
 
     def add(self, **scalars: Tensor) -> None:
-        """Parts of a sum over the step, such as losses."""
+        """Add parts of a sum over the step, such as losses."""
         for name, value in scalars.items():
             self.sums[name] += float(value.detach())
 
     def add_terms(self, **tensors: Tensor) -> None:
-        """Numbers a token (or an answer), whose mean, least and largest are wanted."""
+        """Add one number per token (or per response). Their mean, minimum and maximum are reported."""
         for name, values in tensors.items():
             values = values.detach().float()
             if not values.numel():  # an idle micro-batch
@@ -43,6 +43,7 @@ class StepTotals:
             self.highest[name] = max(self.highest[name], float(values.max()))
 
     def of_all_ranks(self) -> StepTotals:
+        """The totals over all ranks, on every rank."""
         whole = StepTotals()
         for sums, counts, lowest, highest in gather_each(
             (dict(self.sums), dict(self.counts), dict(self.lowest), dict(self.highest))
@@ -56,7 +57,7 @@ class StepTotals:
         return whole
 
     def metrics(self) -> Metrics:
-        """Names are TRL's where it has one."""
+        """The metrics by name. The names are TRL's if TRL has the metric."""
         metrics = {
             "loss": self.sums["loss"],
             "policy_loss": self.sums["policy_loss"],
@@ -86,8 +87,9 @@ class StepTotals:
 
 
 def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
-    """What the rollout earned: means and deviations over episodes, how many groups say nothing, and the task's own
-    diagnostics (the share of false sums, say), which are never paid for."""
+    """Metrics of the rollout's rewards: means and deviations over episodes, and the share of groups without a signal.
+
+    The task's own diagnostics (such as the share of false sums) are added. They are not part of any reward."""
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     groups: dict[int, list[float]] = {e.group_id: [] for e in episodes}
     own: dict[int, list[float]] = {e.group_id: [] for e in episodes}  # without the trainer's penalties
@@ -110,12 +112,12 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         values = values[~values.isnan()]
         metrics[f"rewards/{part}/mean"] = values.mean().item()
         metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
-    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes]
+    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes if e.problem is not None]
     names = dict.fromkeys(name for d in diagnostics for name in d)
     return metrics | {name: fmean(d[name] for d in diagnostics if name in d) for name in names}
 
 
 def has_signal(rewards: Sequence[float]) -> bool:
-    """Whether a group's rewards, those that are not NaN, differ."""
+    """Whether the rewards of a group differ. NaN rewards are left out."""
     known = [reward for reward in rewards if not math.isnan(reward)]
     return bool(known) and min(known) != max(known)

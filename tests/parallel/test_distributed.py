@@ -359,8 +359,8 @@ def test_the_others_end_and_name_the_rank_that_died(how):
     assert time.monotonic() - started < 60
     expected = {
         "says why": "rank 1 ended with ValueError: the data set of rank 1 is empty",
-        "is killed": "rank 1 went without a word: killed, or it hangs",
-        "hangs": "rank 1 went without a word: killed, or it hangs",
+        "is killed": "rank 1 left no message: killed, or it hangs",
+        "hangs": "rank 1 left no message: killed, or it hangs",
     }
     for survivor in (first, third):
         assert isinstance(survivor, distributed.RankError)
@@ -413,7 +413,7 @@ def test_torchrun_a_death_a_restart_and_a_signal(checkpoint_folder, tmp_path):
         list(map(str, words)), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=150, check=False,
     )  # fmt: skip
-    assert "train.py: rank 1 went without a word: killed, or it hangs" in done.stderr, done.stderr
+    assert "train.py: rank 1 left no message: killed, or it hangs" in done.stderr, done.stderr
     again = f"torchrun --nproc-per-node 2 train.py --resume {run_dir}"
     assert f"stopped by SIGTERM after step 5; go on with: {again}" in done.stdout, done.stderr
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-000005\n"

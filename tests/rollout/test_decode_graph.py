@@ -195,7 +195,7 @@ def test_logits_that_are_not_finite_are_refused(value, temperature, tokenizer):
     with torch.no_grad():
         model.model.norm.weight[3] = value
     params = SamplingParams(n=2, max_new_tokens=20, temperature=temperature)
-    with pytest.raises(ValueError, match=r"logits are not finite at token 0 of an answer to prompt 0") as error:
+    with pytest.raises(ValueError, match=r"logits are not finite at token 0 of a response to prompt 0") as error:
         generate(model, PROMPTS, params, tokenizer=tokenizer)
     assert "\n" not in str(error.value)
 

@@ -488,7 +488,7 @@ def test_an_answer_ends_where_logits_are_not_finite_or_the_call_is_refused(tiny_
     tiny_model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, output: output.masked_fill((inputs[0] == drawn)[:, None], torch.inf)
     )
-    with pytest.raises(ValueError, match=r"not finite at token \d+ of an answer to prompt \d"):
+    with pytest.raises(ValueError, match=r"not finite at token \d+ of a response to prompt \d"):
         generate(tiny_model, prompts, params, tokenizer=tokenizer)
     found = generate(tiny_model, prompts, params, tokenizer=tokenizer, must_be_finite=False)
     for a, b in zip(whole, found):

@@ -106,7 +106,7 @@ def test_sharded_weights_are_not_gone_through_episode_by_episode(tiny_model, mon
     """CHECKLIST 44: each pass needs all ranks, and they do not hold the same episodes."""
     monkeypatch.setattr(guards, "is_sharded", lambda model: True)
     said = guards.name_culprit(tiny_model, [], guards.Step([], tiny_model.device), loss_of=None)
-    assert said == "where weights are sharded, the episode is not looked for"
+    assert said == "with sharded weights, the episode is not searched for"
 
 
 def test_a_gradient_is_named_where_the_backward_pass_broke(tiny_model):
@@ -132,7 +132,7 @@ def test_what_only_the_sum_overflows_is_told_so(tiny_model):
         lambda grad: calls.append(1) or grad * (math.inf if len(calls) == 1 else 1)
     )
     diagnosis = refuse(tiny_model, episodes())
-    assert "the gradient of model.norm.weight is not finite, though no episode alone makes it so" in diagnosis
+    assert "the gradient of model.norm.weight is not finite, but every episode alone gives finite numbers" in diagnosis
 
 
 def poison(monkeypatch, steps: range) -> None:
@@ -277,7 +277,7 @@ def test_the_other_doors_end_in_one_line(checkpoint_folder, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "task_from_config", lambda config: EvenLetters(seed=config.seed))
     assert evaluate.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("evaluate.py: the model's logits are not finite at token 0 of an answer to prompt 0")
+    assert line.startswith("evaluate.py: the model's logits are not finite at token 0 of a response to prompt 0")
 
 
 # --- collapse
@@ -286,9 +286,9 @@ HEALTHY = {"reward": 0.5, "frac_reward_zero_std": 0.2, "completions/clipped_rati
 HEALTHY |= {"update/tokens": 100.0}
 SIGNS = {
     "entropy is near 0": {"entropy": 0.001},
-    "every answer was cut": {"completions/clipped_ratio": 1.0},
+    "every response was cut": {"completions/clipped_ratio": 1.0},
     "all rewards of every group are equal": {"frac_reward_zero_std": 1.0},
-    "no answer could be scored": {"reward": math.nan, "frac_reward_zero_std": 1.0},
+    "no response could be scored": {"reward": math.nan, "frac_reward_zero_std": 1.0},
 }
 
 
@@ -298,7 +298,7 @@ def test_a_sign_of_collapse_is_told_with_advice(sign):
     (found, advice), *others = collapse_signs(HEALTHY | SIGNS[sign]).items()
     assert sign in found
     assert not others
-    assert any(word in advice for word in ("--entropy-coef", "Raise it", "--group-size", "the task says"))
+    assert any(word in advice for word in ("--entropy-coef", "Raise it", "--group-size", "the task's warnings"))
 
 
 def test_no_entropy_was_measured_where_no_token_was_trained():
