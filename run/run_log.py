@@ -18,7 +18,6 @@ Where this departs from the usual logger:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -29,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from data_types import Episode
-from run.closed_pipe import ReaderMayGo, nobody_reads
 from run.config import Config, save_yaml
-from run.progress import History, LiveProgress, PlainProgress, summary_table
+from run.progress import Display, History, LiveProgress, PlainProgress, summary_table
+from run.terminal import complain, discard, write_error
 
 
 class RunLog:
@@ -66,7 +65,7 @@ class RunLog:
         self._purge_step: int | None = None
         self._complaints: set[str] = set()
         self.history = History(total_steps)
-        self.console = ReaderMayGo()
+        self.console = Display()
         if live is None:
             live = self.console.is_terminal and not self.console.is_dumb_terminal
         title = f"{Path(config.ckpt).name}  {config.task}  {self.run_dir}"
@@ -88,11 +87,11 @@ class RunLog:
         if self._try("metrics.jsonl", lambda: self._metrics.append({"step": step, **values})):
             self._try("TensorBoard events", lambda: self._write_events(step, values))
         self.history.add(step, values)
-        self._try("standard output", lambda: self._progress.step(step, values))
+        self._show(lambda: self._progress.step(step, values))
 
     def say(self, text: str) -> None:
         """A line for people, beside the display."""
-        self._try("standard output", lambda: self.console.print(text, markup=False))
+        self._show(lambda: self.console.print(text, markup=False))
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
         """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text.
@@ -135,7 +134,7 @@ class RunLog:
     def print_summary(self) -> None:
         """End the display and print one table: the first evaluation and steps beside the last."""
         self._progress.close()
-        self._try("standard output", lambda: self.console.print(summary_table(self.history)))
+        self._show(lambda: self.console.print(summary_table(self.history)))
 
     def close(self) -> None:
         """End the display and write out what is still in memory. The log can not be used afterwards."""
@@ -165,16 +164,25 @@ class RunLog:
             self._try("TensorBoard events", self._tensorboard.close)
             self._tensorboard = None
 
+    def _show(self, write: Callable[[], None]) -> None:
+        """Print; the run goes on if nobody reads it."""
+
+        def shown() -> None:
+            write()
+            if error := write_error(sys.stdout):  # a replaced stream does not raise
+                raise error
+
+        self._try("standard output", shown)
+
     def _try(self, what: str, write: Callable[[], None]) -> bool:
         """Do it; where the disk refuses, say so once until it works again, let the run live, and return False."""
         try:
             write()
         except OSError as error:
             if isinstance(error, BrokenPipeError):
-                nobody_reads()
+                discard(sys.stdout)
             if what not in self._complaints:
-                with contextlib.suppress(OSError):  # standard error may stand on the same full disk
-                    print(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}", file=sys.stderr)
+                complain(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}")
             self._complaints.add(what)
             return False
         self._complaints.discard(what)
