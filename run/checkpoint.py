@@ -66,10 +66,10 @@ def save_checkpoint(
 
     Args:
         state: the trainer's state, of JSON types; floats come back to the last bit.
-        keep: this many of the newest sound checkpoints stay, and the one of the highest score.
+        keep: this many of the newest stay, as many of the newest sound ones, and the one of the highest score.
         score: how good this one is, for "the best"; None: not measured.
         sound: False if the last update was refused. Its weights are then older than the checkpoint, and may be the
-            reason for the refusal, so that no sound checkpoint is deleted for it.
+            reason for the refusal, so that a sound checkpoint stays beside it.
         extra: writes more files into the folder it is given, such as adapters.
 
     Raises OSError (full disk, read-only or vanished folder) and NotFiniteError. All earlier checkpoints are untouched
@@ -138,15 +138,17 @@ def _point_latest_to(final: Path) -> None:
 
 
 def _delete_old(folder: Path, newest: Path, keep: int) -> None:
-    """Keep the newest checkpoint, the `keep` newest sound ones and the best one.
+    """Keep the `keep` newest checkpoints, the `keep` newest sound ones and the best one.
 
     Checkpoints with a later step number are left over from before `rewind()` and are deleted. A folder that cannot be
     deleted harms nothing: a warning, not an error.
     """
     records = {path: _record(path) for path in _checkpoints(folder)}
-    sound = [path for path, record in records.items() if record.get("sound", True) and _step(path) <= _step(newest)]
+    past = [path for path in records if _step(path) <= _step(newest)]
+    sound = [path for path in past if records[path].get("sound", True)]
     scores = {path: score for path, record in records.items() if (score := _score(record)) is not None}
-    kept = {newest, *sound[-max(keep, 1) :], max(scores, key=scores.__getitem__, default=newest)}
+    keep = max(keep, 1)
+    kept = {*past[-keep:], *sound[-keep:], max(scores, key=scores.__getitem__, default=newest)}
     for path in records:
         if path not in kept:
             _delete(path)

@@ -283,16 +283,17 @@ def test_a_second_signal_leaves_at_once(capfd):
     assert "SIGTERM: finishing this step, then saving; once more to leave at once" in capfd.readouterr().err
 
 
-def test_a_closed_terminal_is_no_second_signal(monkeypatch):
+@pytest.mark.parametrize(("there", "action"), [(False, signal.SIG_IGN), (True, signal.SIG_DFL)])
+def test_a_closed_terminal_is_no_second_signal(monkeypatch, there, action):
     """CHECKLIST 45: the shell repeats the kernel's SIGHUP; one that is sent by hand is a second signal."""
-    for there, action in ((False, signal.SIG_IGN), (True, signal.SIG_DFL)):
-        monkeypatch.setattr(train, "_has_terminal", lambda: True)
-        stop = train.StopRequest()
-        monkeypatch.setattr(train, "_has_terminal", lambda there=there: there)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.requested == signal.SIGHUP
-        assert signal.getsignal(signal.SIGHUP) == action
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(train, "_has_terminal", lambda: True)
+    stop = train.StopRequest()
+    monkeypatch.setattr(train, "_has_terminal", lambda: there)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.requested == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == action
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_nohup_stays_in_force():

@@ -574,13 +574,15 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, value, where):
     assert names(tmp_path) == ["latest", "step-000001"]
 
 
-def test_unsound_checkpoints_do_not_count_among_the_kept(run):
-    """CHECKLIST 44: the newest is kept whatever it is, and `keep` sound ones with it."""
+def test_unsound_checkpoints_push_no_sound_one_out(run):
+    """CHECKLIST 44: the newest are kept whatever they are, and `keep` sound ones with them."""
     for step, sound in enumerate([True, True, False, False, True, False]):
         run(step, keep=2, sound=sound)
     assert names(run.folder) == ["latest", "step-000001", "step-000004", "step-000005"]
-    run(6, keep=2)
-    assert names(run.folder) == ["latest", "step-000004", "step-000006"]
+    run(6, keep=2, sound=False)
+    assert names(run.folder) == ["latest", "step-000001", "step-000004", "step-000005", "step-000006"]
+    run(7, keep=1)
+    assert names(run.folder) == ["latest", "step-000007"]
 
 
 def test_state_must_be_json(run):
