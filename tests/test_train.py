@@ -80,7 +80,7 @@ def test_three_steps_and_a_resume(checkpoint_folder, tmp_path, even_letters, cap
     run_dir = tmp_path / "run"
     assert run("--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 3, *SMALL) == 0
     said = capsys.readouterr().out
-    assert "a step: 2 prompts x 4 answers x up to 8 tokens, 64 at most; 3 steps" in said
+    assert "a step: 2 prompts x 4 responses x up to 8 tokens, 64 at most; 3 steps" in said
     assert "memory: about" in said
     assert "the run will last about" in said
     rows = metrics_of(run_dir)
