@@ -52,6 +52,7 @@ from run.flags import one_line
 from run.memory_plan import describe, dry_run, peak_gib
 from run.pretrained import load_policy, locate_pretrained
 from run.progress import duration
+from run.run_lock import RunLock
 from run.run_log import NoLog, RunLog, read_metrics
 from run.terminal import log_to_standard_error, run_program, write_now
 from run.terminal import say as say_here
@@ -70,9 +71,15 @@ STOPS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number
 
 
 def train(config: Config) -> int:
-    """The whole job. Returns the exit code: 0; 128 + the signal that ended it early; NUMBERS_ENDED_IT where too many
-    updates in a row were refused; NOT_SAVED where the disk took no checkpoint of the last step."""
-    run_dir, resumed = distributed.from_main(lambda: where_to_begin(config))
+    """The whole job. Returns the exit code: 0; 128 + the signal that ended it early; NUMBERS_ENDED_IT if too many
+    updates in a row were refused, or one broke the weights; NOT_SAVED if the last step is in no checkpoint."""
+    with RunLock() as lock:
+        return train_in(lock, config)
+
+
+def train_in(lock: RunLock, config: Config) -> int:
+    """`train`, with the lock of the run's folder, which is taken as soon as the folder is known to be there."""
+    resumed = distributed.from_main(lambda: where_to_begin(config, lock))
     random.seed(config.seed)  # nothing here draws from the global generators, but a task of the user's may
     torch.manual_seed(config.seed)
 
@@ -91,6 +98,7 @@ def train(config: Config) -> int:
         say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")
         return 0
 
+    run_dir = distributed.from_main(lambda: claim(config, lock))
     first = step = 0
     saved, broken = True, None
     if resumed:
@@ -201,10 +209,54 @@ def find_resumed(config: Config, run_dir: Path) -> Path | None:
     return None
 
 
-def where_to_begin(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint it goes on from."""
+def where_to_begin(config: Config, lock: RunLock) -> Path | None:
+    """The checkpoint to continue from, None: the beginning. Refuses a run folder that is in use, holds another run, or
+    cannot be written. This comes before the model is loaded."""
+    if config.dry_run:
+        return find_resumed(config, new_run_dir(config))
     run_dir = new_run_dir(config)
-    return run_dir, find_resumed(config, run_dir)
+    check_writable(run_dir)
+    if run_dir.is_dir():
+        lock.take(run_dir)
+    resumed = find_resumed(config, run_dir)
+    if holds_a_run(run_dir) and resumed is not None and resumed.resolve().parent.parent != run_dir.resolve():
+        raise ValueError(
+            f"--run-dir {run_dir} holds another run than {resumed}, which would overwrite it: leave --run-dir out, or "
+            "name a new folder"
+        )
+    if holds_a_run(run_dir) and config.resume is None:
+        raise ValueError(f"{run_dir} already holds a run: continue it with --resume, or name another --run-dir")
+    return resumed
+
+
+def holds_a_run(run_dir: Path) -> bool:
+    """Whether a folder has metrics or checkpoints."""
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(run_dir.glob("checkpoints/step-*"))
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises ValueError if the run's folder cannot be made or written."""
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--run-dir {run_dir}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError(f"{there} cannot be written: name a folder for the run with --run-dir")
+
+
+def claim(config: Config, lock: RunLock) -> Path:
+    """Make the run's folder and lock it. Of two programs that were started together, each gets its own new folder."""
+    while True:
+        run_dir = new_run_dir(config)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
+            lock.take(run_dir)
+            return run_dir
+        except OSError as error:
+            if isinstance(error, FileExistsError) and config.run_dir is None:
+                continue  # the other program was faster; the next number is free
+            reason = error.strerror or error
+            raise ValueError(f"{run_dir} cannot be written ({reason}): name a folder with --run-dir") from None
 
 
 def say(text: str) -> None:
