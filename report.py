@@ -35,8 +35,8 @@ from evaluate import share_interval, wilson_interval
 from run.checkpoint import find_checkpoint
 from run.config import Config, load_config
 from run.flags import one_line
+from run.json_lines import read_lines
 from run.pretrained import load_policy
-from run.run_log import read_lines
 from run.terminal import complain, run_program, say
 from tokenizer import Tokenizer
 from update.scoring import score_episodes
