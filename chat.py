@@ -26,10 +26,10 @@ from qwen2_llm import Qwen2ForCausalLM
 from rollout.decoding import prefill_prompts
 from rollout.generation import check_room, uniform_numbers
 from rollout.sampling import SamplingParams, sample
-from run.closed_pipe import reader_may_go
 from run.config import Config
-from run.flags import parse_flags
+from run.flags import one_line, parse_flags
 from run.pretrained import load_policy, locate_pretrained
+from run.terminal import complain, run_program, say, write_error
 from tasks.task_base import RESPONSE_PREFIXES
 from tokenizer import IncrementalDecoder, Tokenizer
 
@@ -144,14 +144,14 @@ class Chat:
 
 
 def talk(chat: Chat, ask: bool) -> None:
-    """Read lines until the input ends. `ask`: a person sits there, who is shown a prompt."""
-    while True:
+    """Read lines until the input ends, or the output has no reader. `ask`: show a prompt, as to a person."""
+    while not write_error(sys.stdout):
         try:
             line = input("> " if ask else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D leaves)")
+            say("\n(/exit or Ctrl-D leaves)")
             continue
         if not line:
             continue
@@ -160,37 +160,33 @@ def talk(chat: Chat, ask: bool) -> None:
                 said = chat.command(line)
                 if said is None:
                     return
-                print(said)
+                say(said)
                 continue
             for piece in chat.answer(line):
-                print(printable(piece), end="", flush=True)
-            print()
+                say(piece, end="")
+                if write_error(sys.stdout):
+                    return
+            say("")
         except KeyboardInterrupt:
-            print(" (stopped)")
-        except ValueError as error:  # too long for the context, say: the conversation goes on without this message
-            print(f"chat.py: {error}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """A model's text is data: what would steer the terminal is shown as a box, blanks and line ends stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\u25a1" for c in text)
+            say(" (stopped)")
+        except ValueError as error:  # too long for the context: the conversation goes on without this message
+            complain(f"chat.py: {one_line(error)}")
 
 
 def main(argv: list[str]) -> int:
     try:
         chat = Chat(parse_flags(Options, argv))
     except (ValueError, OSError) as error:
-        print(f"chat.py: {error}", file=sys.stderr)
+        complain(f"chat.py: {one_line(error)}")
         return 2
     ask = sys.stdin.isatty()
-    for file in (sys.stdin, sys.stdout):  # what the terminal's encoding does not know becomes a question mark
+    for file in (sys.stdin, sys.stdout):  # a character that the terminal's encoding lacks becomes a question mark
         file.reconfigure(errors="replace")
-    with reader_may_go():
-        if ask:
-            print(chat.greeting())
-        talk(chat, ask)
+    if ask:
+        say(chat.greeting())
+    talk(chat, ask)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program("chat.py", main))

@@ -25,16 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from data_types import Episode, MiniBatch
 from grpo import rollout
 from math_task import task_from_config
 from rollout.sampling import SamplingParams
-from run.closed_pipe import ReaderMayGo, reader_may_go
 from run.config import Config, parse_args
-from run.flags import take_flag
+from run.flags import one_line, take_flag
 from run.pretrained import load_policy, locate_pretrained
+from run.terminal import complain, run_program, say
 from update.step_metrics import reward_metrics
 
 Z95 = 1.959964  # of a normal distribution, two-sided 95%
@@ -168,8 +169,8 @@ def main(argv: list[str]) -> int:
         if file and not Path(file[-1]).resolve().parent.is_dir():
             raise ValueError(f"--json {file[-1]}: there is no such folder; make it first")
         found = {ckpt: evaluate_checkpoint(config, ckpt, n) for ckpt in ckpts}
-    except (ValueError, FileNotFoundError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        complain(f"evaluate.py: {one_line(error)}")
         return 2
     results = {ckpt: evaluation.results for ckpt, evaluation in found.items()}
     gains = {f"{ckpt} - {ckpts[0]}": differences(found[ckpts[0]], found[ckpt]) for ckpt in compare}
@@ -177,11 +178,10 @@ def main(argv: list[str]) -> int:
     report = {"task": config.task, "problems": problems, "samples": n, "results": results, "differences": gains}
     if file:
         Path(file[-1]).write_text(json.dumps(report) + "\n", encoding="utf-8")
-    with reader_may_go():
-        ReaderMayGo().print(table(results, "held-out problems"))
-        if gains:
-            ReaderMayGo().print(table(gains, "difference, problem by problem"))
-        print(json.dumps(report))
+    Console().print(table(results, "held-out problems"))
+    if gains:
+        Console().print(table(gains, "difference, problem by problem"))
+    say(json.dumps(report))
     return 0
 
 
@@ -193,4 +193,4 @@ def _samples(given: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program("evaluate.py", main))

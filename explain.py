@@ -29,10 +29,10 @@ from math_task import CountdownTask
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
-from run.closed_pipe import ReaderMayGo, reader_may_go
-from run.flags import normalise, parse_flags
+from run.flags import normalise, one_line, parse_flags
 from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
+from run.terminal import complain, run_program
 from study.anatomy import FILTERS, compare, look
 from tokenizer import Tokenizer
 
@@ -252,16 +252,15 @@ def main(argv: list[str]) -> int:
         if not options.text:
             options.out.write_text(page(facts), encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"explain.py: {error}", file=sys.stderr)
+        complain(f"explain.py: {one_line(error)}")
         return 2
-    with reader_may_go():
-        print_text(facts, ReaderMayGo(width=None if sys.stdout.isatty() else 160))
-        if not options.text:
-            size, live = options.out.stat().st_size / 1e6, "live" in facts
-            kind = "live" if live else "not live: the model is too large for it, or its tokenizer of another kind"
-            print(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})")
+    print_text(facts, Console(width=None if sys.stdout.isatty() else 160))
+    if not options.text:
+        size, live = options.out.stat().st_size / 1e6, "live" in facts
+        kind = "live" if live else "not live: the model is too large for it, or its tokenizer of another kind"
+        print(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program("explain.py", main))

@@ -33,10 +33,11 @@ import yaml
 from data_types import Episode
 from evaluate import share_interval, wilson_interval
 from run.checkpoint import find_checkpoint
-from run.closed_pipe import reader_may_go
 from run.config import Config, load_config
+from run.flags import one_line
+from run.json_lines import read_lines
 from run.pretrained import load_policy
-from run.run_log import read_lines
+from run.terminal import complain, run_program, say
 from tokenizer import Tokenizer
 from update.scoring import score_episodes
 
@@ -308,12 +309,11 @@ def main(argv: list[str] | None = None) -> int:
             save_pictures(shown["charts"], shown["names"], args.png)
         out.write_text(page(shown), encoding="utf-8", errors="replace")  # a lone surrogate has no UTF-8
     except (ValueError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
+        complain(f"report.py: {one_line(error)}")
         return 2
-    with reader_may_go():
-        print(f"{out} ({out.stat().st_size / 1e6:.1f} MB, needs no network)")
+    say(f"{out} ({out.stat().st_size / 1e6:.1f} MB, needs no network)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("report.py", main))

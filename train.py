@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import random
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from data_types import Episode, MiniBatch, Problem
 from grpo import GRPO, rollout
@@ -32,15 +35,28 @@ from math_task import task_from_config
 from model.lora import has_lora, load_adapters, save_adapters, trainable
 from parallel import distributed
 from parallel.sharding import is_sharded, whole, whole_optimizer
+from qwen2_llm import Qwen2ForCausalLM
 from rollout.sampling import SamplingParams
-from run.checkpoint import find_checkpoint, load_checkpoint, random_states, rewind, save_checkpoint, set_random_states
-from run.closed_pipe import nobody_reads
+from run.checkpoint import (
+    NotFiniteError,
+    find_checkpoint,
+    first_not_finite,
+    load_checkpoint,
+    random_states,
+    rewind,
+    save_checkpoint,
+    set_random_states,
+)
 from run.config import Config, config_files, new_run_dir, parse_args
 from run.flags import one_line
 from run.memory_plan import describe, dry_run, peak_gib
 from run.pretrained import load_policy, locate_pretrained
 from run.progress import duration
+from run.run_lock import RunLock
 from run.run_log import NoLog, RunLog, read_metrics
+from run.terminal import log_to_standard_error, run_program, write_now
+from run.terminal import say as say_here
+from tokenizer import Tokenizer
 from update.guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
 from update.step_metrics import Metrics, reward_metrics
 
@@ -49,12 +65,21 @@ SHOWN = 8  # held-out answers of each evaluation that are kept for people
 SHOWN_MEANS = ("reward", "solved", "full_format", "false_sums", "completions/mean_length",
                "completions/clipped_ratio", "frac_reward_missing")  # fmt: skip
 NOT_SAVED = 4  # exit code
+PROBE = "Use the numbers 3, 5 and 2 to make 13."  # a model's logits for it are checked before the model is saved
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOPS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number]
 
 
 def train(config: Config) -> int:
-    """The whole job. Returns the exit code: 0; 128 + the signal that ended it early; NUMBERS_ENDED_IT where too many
-    updates in a row were refused; NOT_SAVED where the disk took no checkpoint of the last step."""
-    run_dir, resumed = distributed.from_main(lambda: where_to_begin(config))
+    """The whole job. Returns the exit code: 0; 128 + the signal that ended it early; NUMBERS_ENDED_IT if too many
+    updates in a row were refused, or one broke the weights; NOT_SAVED if the last step is in no checkpoint."""
+    with RunLock() as lock:
+        return train_in(lock, config)
+
+
+def train_in(lock: RunLock, config: Config) -> int:
+    """`train`, with the lock of the run's folder, which is taken as soon as the folder is known to be there."""
+    resumed = distributed.from_main(lambda: where_to_begin(config, lock))
     random.seed(config.seed)  # nothing here draws from the global generators, but a task of the user's may
     torch.manual_seed(config.seed)
 
@@ -73,8 +98,9 @@ def train(config: Config) -> int:
         say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")
         return 0
 
+    run_dir = distributed.from_main(lambda: claim(config, lock))
     first = step = 0
-    saved = True
+    saved, broken = True, None
     if resumed:
         state = load_checkpoint(resumed, trainer.optimizer)
         set_random_states(state["random"])
@@ -95,12 +121,13 @@ def train(config: Config) -> int:
             log.phase("rollout and update")
             problems = task.problems("train", config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
             episodes, metrics = trainer.step(MiniBatch.from_problems(problems, tokenizer))
+            broken = None if metrics["update/skipped"] else broken_weight(model)
             metrics["memory/peak_gib"] = max(distributed.gather_each(peak_gib(model.device)))
             if is_due(step, config.checksum_every) and not is_sharded(model):
                 distributed.check_equal_weights(trainable(model), step)
             log.log_samples(step, episodes, tokenizer.decode)
 
-            if held_out and (step == config.steps or is_due(step, config.eval_every)):
+            if held_out and not broken and (step == config.steps or is_due(step, config.eval_every)):
                 log.phase("evaluating")
                 metrics |= evaluate(trainer, held_out, partial(log.log_held_out, step, decode=tokenizer.decode))
             log.log_step(step, metrics)
@@ -108,6 +135,9 @@ def train(config: Config) -> int:
             if step == first + 1:
                 left = duration(metrics["step_time"] * (config.steps - first))
                 log.say(f"a step takes {metrics['step_time']:.1f} s; the run will last about {left}, and evaluations")
+            if broken:
+                saved = False
+                break
             # asked once: a signal after this line ends the next step, saved as well
             stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):
@@ -116,17 +146,27 @@ def train(config: Config) -> int:
             if stopping:
                 break
         log.print_summary()
-    say(f"checkpoints, metrics and samples are in {run_dir}")
-    return how_it_ended(run_dir, step, saved, stop, trainer.guard)
+    return how_it_ended(run_dir, step, saved, stop, trainer.guard, broken)
 
 
-def how_it_ended(run_dir: Path, step: int, saved: bool, stop: StopRequest, guard: Guard) -> int:
-    """Say what ended a run and how to go on; the exit code."""
-    ranks = distributed.world_size()
-    python = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
-    go_on = f"go on with: {python} train.py --resume {run_dir}"
+def how_it_ended(
+    run_dir: Path, step: int, saved: bool, stop: StopRequest, guard: Guard, broken: str | None = None
+) -> int:
+    """Say how a run ended and how it can be continued; the exit code.
+
+    Args:
+        saved: whether the last step is in a checkpoint.
+        broken: the weight that the last update made NaN or infinite.
+    """
+    go_on = distributed.from_main(lambda: way_to_go_on(run_dir, step))
+    if broken:
+        distributed.complain(
+            f"train.py: ended after step {step}: its update made {broken} NaN or infinite, so it was not saved. Try a "
+            f"lower --lr; {go_on}"
+        )
+        return NUMBERS_ENDED_IT
     if not saved:
-        distributed.complain(f"train.py: step {step}, the last one, is on no disk; an earlier checkpoint is. {go_on}")
+        distributed.complain(f"train.py: step {step}, the last one, is on no disk; {go_on}")
     if guard.gave_up:
         distributed.complain(
             f"train.py: ended after step {step}: {guard.refusals} updates in a row were refused, the last because of "
@@ -135,8 +175,20 @@ def how_it_ended(run_dir: Path, step: int, saved: bool, stop: StopRequest, guard
         return NUMBERS_ENDED_IT
     if stop.requested:
         say(f"stopped by {stop.requested.name} after step {step}; {go_on}")
-        return 128 + stop.requested
+        return 128 + stop.requested if saved else NOT_SAVED
     return 0 if saved else NOT_SAVED
+
+
+def way_to_go_on(run_dir: Path, step: int) -> str:
+    """How a run that ended after `step` can be continued, which takes a checkpoint that is really there."""
+    ranks = distributed.world_size()
+    python = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    try:
+        newest = find_checkpoint("latest", run_dir).name
+    except OSError:
+        return f"there is no checkpoint in {run_dir}, so that it cannot be continued: start a new run"
+    where = "" if newest.startswith(f"step-{step:06d}") else f" from {newest}"
+    return f"go on{where} with: {python} train.py --resume {shlex.quote(str(run_dir))}"
 
 
 def find_resumed(config: Config, run_dir: Path) -> Path | None:
@@ -157,20 +209,60 @@ def find_resumed(config: Config, run_dir: Path) -> Path | None:
     return None
 
 
-def where_to_begin(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint it goes on from."""
+def where_to_begin(config: Config, lock: RunLock) -> Path | None:
+    """The checkpoint to continue from, None: the beginning. Refuses a run folder that is in use, holds another run, or
+    cannot be written. This comes before the model is loaded."""
+    if config.dry_run:
+        return find_resumed(config, new_run_dir(config))
     run_dir = new_run_dir(config)
-    return run_dir, find_resumed(config, run_dir)
+    check_writable(run_dir)
+    if run_dir.is_dir():
+        lock.take(run_dir)
+    resumed = find_resumed(config, run_dir)
+    if holds_a_run(run_dir) and resumed is not None and resumed.resolve().parent.parent != run_dir.resolve():
+        raise ValueError(
+            f"--run-dir {run_dir} holds another run than {resumed}, which would overwrite it: leave --run-dir out, or "
+            "name a new folder"
+        )
+    if holds_a_run(run_dir) and config.resume is None:
+        raise ValueError(f"{run_dir} already holds a run: continue it with --resume, or name another --run-dir")
+    return resumed
+
+
+def holds_a_run(run_dir: Path) -> bool:
+    """Whether a folder has metrics or checkpoints."""
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(run_dir.glob("checkpoints/step-*"))
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises ValueError if the run's folder cannot be made or written."""
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--run-dir {run_dir}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError(f"{there} cannot be written: name a folder for the run with --run-dir")
+
+
+def claim(config: Config, lock: RunLock) -> Path:
+    """Make the run's folder and lock it. Of two programs that were started together, each gets its own new folder."""
+    while True:
+        run_dir = new_run_dir(config)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
+            lock.take(run_dir)
+            return run_dir
+        except OSError as error:
+            if isinstance(error, FileExistsError) and config.run_dir is None:
+                continue  # the other program was faster; the next number is free
+            reason = error.strerror or error
+            raise ValueError(f"{run_dir} cannot be written ({reason}): name a folder with --run-dir") from None
 
 
 def say(text: str) -> None:
-    if not distributed.is_main():
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        nobody_reads()
-        logger.warning("nobody reads standard output any more; the run goes on")
+    """A line on standard output, by the first process."""
+    if distributed.is_main():
+        say_here(text)
 
 
 def evaluate(trainer: GRPO, problems: list[Problem], show: Callable[[list[Episode]], None] | None = None) -> Metrics:
@@ -207,7 +299,8 @@ def is_due(step: int, every: int) -> bool:
 
 
 def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> bool:
-    """A checkpoint, by the first process; where the disk refuses, the run goes on and says so. Whether it is there."""
+    """Write a checkpoint, by the first process. Returns whether it is there; if not, the log says why, and all earlier
+    checkpoints are untouched."""
     model, optimizer = whole(trainer.model), whole_optimizer(trainer.optimizer)  # every process takes part
     state = {"random": random_states(), "trainer": trainer.state_dict()}
     base = trainer.config.ckpt
@@ -217,42 +310,77 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> bool:
 
     def written() -> bool:
         try:
+            check_logits(model, trainer.tokenizer)
             save_checkpoint(
                 run_dir, step, model, trainer.tokenizer, optimizer, state, keep=trainer.config.keep_checkpoints,
-                score=metrics.get("eval_reward"), extra=adapters if has_lora(model) else None,
+                score=metrics.get("eval_reward"), sound=not metrics.get("update/not_finite"),
+                extra=adapters if has_lora(model) else None,
             )  # fmt: skip
-        except OSError as error:
-            logger.error(
-                "no checkpoint at step %d: %s; the previous one is untouched, and training goes on", step, error
-            )
+        except (OSError, NotFiniteError) as error:
+            logger.error("no checkpoint at step %d: %s; the earlier ones are untouched", step, one_line(error))
             return False
         return True
 
     return distributed.from_main(written)
 
 
+@torch.no_grad()
+def check_logits(model: Qwen2ForCausalLM, tokenizer: Tokenizer) -> None:
+    """Raises NotFiniteError if the model's logits for a short text are not finite, as those of finite but huge weights.
+    Such a checkpoint could not be trained from, and would take the place of one that can."""
+    ids = tokenizer.encode(PROBE) or list(tokenizer.eos_token_ids)  # not a problem of the task, which may draw numbers
+    training = model.training
+    model.eval()
+    finite = model(torch.tensor([ids], device=model.device)).isfinite().all().item()
+    model.train(training)
+    if not finite:
+        raise NotFiniteError("the model's logits are NaN or infinite; try a lower --lr")
+
+
+def broken_weight(model: Qwen2ForCausalLM) -> str | None:
+    """The name of a trained weight that holds NaN or infinity, on whichever rank; None: all are finite."""
+    named = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    mine = first_not_finite((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named)
+    return next((name for name in distributed.gather_each(mine) if name), None)
+
+
 class StopRequest:
-    """Ctrl-C and SIGTERM let the running step finish; a second one ends the program at once."""
+    """Ctrl-C, SIGTERM and SIGHUP let the running step finish and be saved. A second signal ends the program at once.
+
+    A closed terminal sends SIGHUP more than once (the kernel, then the shell), and nobody could mean the second one.
+    It is ignored then, and after another signal. A program that was started with `nohup` ignores SIGHUP from the start.
+    """
 
     def __init__(self):
         self.requested: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self._on_terminal = _has_terminal()
+        for number in STOPS:
+            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def agreed(self) -> bool:
-        """Whether any process was asked; then all know it, and stop after the same step."""
+        """Whether any process received a signal. All processes then know it, and stop after the same step."""
         number = max(distributed.gather_each(int(self.requested or 0)))
         if number:
             self.requested = signal.Signals(number)
         return bool(number)
 
     def _handle(self, number: int, frame) -> None:
-        for again in (signal.SIGINT, signal.SIGTERM):  # before anything is said: who answers that at once is heard
-            signal.signal(again, signal.SIG_DFL)
+        closed = number != HANG_UP or (self._on_terminal and not _has_terminal())
+        for again in STOPS:  # before the message, so that a second signal is obeyed as soon as the message is there
+            signal.signal(again, signal.SIG_IGN if again == HANG_UP and closed else signal.SIG_DFL)
         self.requested = signal.Signals(number)
         if distributed.is_main():
-            name = self.requested.name
-            print(f"\n{name}: finishing this step, then saving; once more to leave at once", file=sys.stderr)
+            write_now(f"\n{self.requested.name}: finishing this step, then saving; once more to leave at once\n")
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a terminal that controls it, and that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+    except (OSError, AttributeError):  # Windows has neither the file nor the flags
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +408,7 @@ def check_room(trainer: GRPO, held_out: list[Problem]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    log_to_standard_error()
     if not distributed.is_main():
         logging.disable(logging.WARNING)  # all processes would say the same
     try:
@@ -292,9 +420,9 @@ def main(argv: list[str] | None = None) -> int:
         distributed.complain(f"train.py: {one_line(error)}")
         return 2
     except distributed.RankError as error:
-        distributed.complain(f"train.py: {error}")
+        distributed.complain(f"train.py: {one_line(error)}")
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("train.py", main))

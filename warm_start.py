@@ -45,7 +45,9 @@ from optimizer import MemoryEfficientAdamW
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
+from run.flags import one_line
 from run.pretrained import locate_pretrained
+from run.terminal import complain, run_program
 from tasks.search_traces import draw_searcher, write_trace
 from tasks.sum_traces import draw_habits, write_working
 from tasks.task_base import Task
@@ -398,9 +400,14 @@ def main(options: Options) -> None:
         report(model, tokenizer, task, options)
 
 
-if __name__ == "__main__":
+def program(argv: list[str]) -> int:
     try:
-        main(tyro.cli(Options, description=__doc__))
+        main(tyro.cli(Options, args=argv, description=__doc__))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        complain(f"error: {one_line(error)}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("warm_start.py", program))

@@ -308,7 +308,8 @@ def complain(text: str) -> None:
         except dist.DistError:  # the process with the store has ended
             first = True
     if first:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # standard error may be a closed pipe or on a full disk
+            print(text, file=sys.stderr, flush=True)
 
 
 def _lost_connection(error: Exception) -> bool:

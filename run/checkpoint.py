@@ -30,7 +30,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ from safetensors.torch import load_file, save_file
 TEMPORARY = ".unfinished-"  # what begins so is not a checkpoint: being written, or being deleted
 REPLACED = ".replaced"
 STATE, OPTIMIZER, SUMS = "trainer_state.json", "optimizer.safetensors", "SHA256SUMS"
+
+
+class NotFiniteError(ValueError):
+    """Weights or optimizer state hold NaN or infinity: nobody could train on from such a checkpoint."""
 
 
 # --- save
@@ -55,18 +59,24 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int = 3,
     score: float | None = None,
+    sound: bool = True,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write checkpoints/step-<step>/ and move `latest` to it.
 
     Args:
-        state: what the trainer needs to go on, of JSON types; floats come back to the last bit.
-        keep: this many of the newest stay, and the one of the highest score.
+        state: the trainer's state, of JSON types; floats come back to the last bit.
+        keep: this many of the newest stay, as many of the newest sound ones, and the one of the highest score.
         score: how good this one is, for "the best"; None: not measured.
+        sound: False if the last update was refused. Its weights are then older than the checkpoint, and may be the
+            reason for the refusal, so that a sound checkpoint stays beside it.
         extra: writes more files into the folder it is given, such as adapters.
 
-    Raises OSError (full disk, read-only or vanished folder): what was saved before is untouched, the run can go on.
+    Raises OSError (full disk, read-only or vanished folder) and NotFiniteError. All earlier checkpoints are untouched
+    then, and the run can go on.
     """
+    if name := first_not_finite((name, p.detach()) for name, p in model.named_parameters()):
+        raise NotFiniteError(f"the weight {name} holds NaN or infinity")
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(exist_ok=True)  # not its parents: a run folder that vanished is worth an error
     _sync(folder.parent)
@@ -74,7 +84,8 @@ def save_checkpoint(
     unfinished, final = folder / f"{TEMPORARY}{_name(step)}", folder / _name(step)
     try:
         unfinished.mkdir()
-        _write_files(unfinished, step, model, tokenizer, optimizer, state, score, extra)
+        record = {"step": step, "score": score, "sound": sound, "state": state}
+        _write_files(unfinished, model, tokenizer, optimizer, record, extra)
         _move_into_place(unfinished, final)
         _point_latest_to(final)
     except BaseException:
@@ -84,8 +95,10 @@ def save_checkpoint(
     return final
 
 
-def _write_files(folder: Path, step: int, model, tokenizer, optimizer, state, score, extra) -> None:
+def _write_files(folder: Path, model, tokenizer, optimizer, record: dict[str, Any], extra) -> None:
     tensors, settings = _split(optimizer.state_dict())
+    if name := first_not_finite(tensors.items()):
+        raise NotFiniteError(f"the optimizer's tensor {name} holds NaN or infinity")
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -94,8 +107,8 @@ def _write_files(folder: Path, step: int, model, tokenizer, optimizer, state, sc
         save_file(tensors, folder / OPTIMIZER)
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"{folder}: {error}") from error
-    record = {"step": step, "score": score, "state": state, "optimizer": settings}
-    (folder / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({**record, "optimizer": settings}, indent=1)
+    (folder / STATE).write_text(text + "\n", encoding="utf-8")
     # The trainer's state comes last, so that a list of sums that was cut off is noticed by its absence.
     inside = list(folder.rglob("*"))
     names = [path.relative_to(folder).as_posix() for path in inside if path.is_file()]
@@ -125,15 +138,19 @@ def _point_latest_to(final: Path) -> None:
 
 
 def _delete_old(folder: Path, newest: Path, keep: int) -> None:
-    """Leave the newest and the best; what is later than the newest is from before a `rewind`.
+    """Keep the `keep` newest checkpoints, the `keep` newest sound ones and the best one.
 
-    What cannot be deleted is in nobody's way: a warning, not an error.
+    Checkpoints with a later step number are left over from before `rewind()` and are deleted. A folder that cannot be
+    deleted harms nothing: a warning, not an error.
     """
-    past = [path for path in _checkpoints(folder) if _step(path) <= _step(newest)]
-    scores = {path: score for path in _checkpoints(folder) if (score := _score(path)) is not None}
-    best = max(scores, key=scores.__getitem__, default=None)
-    for path in _checkpoints(folder):
-        if path not in past[-max(keep, 1) :] and path != best:
+    records = {path: _record(path) for path in _checkpoints(folder)}
+    past = [path for path in records if _step(path) <= _step(newest)]
+    sound = [path for path in past if records[path].get("sound", True)]
+    scores = {path: score for path, record in records.items() if (score := _score(record)) is not None}
+    keep = max(keep, 1)
+    kept = {*past[-keep:], *sound[-keep:], max(scores, key=scores.__getitem__, default=newest)}
+    for path in records:
+        if path not in kept:
             _delete(path)
 
 
@@ -321,11 +338,28 @@ def _step(path: Path) -> int:
     return int(path.name[5:])
 
 
-def _score(path: Path) -> float | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one can not be the best
-        score = json.loads((path / STATE).read_text(encoding="utf-8"))["score"]
-        return None if score is None or math.isnan(score) else score
-    return None
+def _record(path: Path) -> dict[str, Any]:
+    """The trainer_state.json of a checkpoint; of a damaged one nothing, so that it is neither sound nor the best."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    return {"sound": False}
+
+
+def _score(record: dict[str, Any]) -> float | None:
+    score = record.get("score")
+    return score if isinstance(score, (int, float)) and not math.isnan(score) else None
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; None: all are finite. The device is asked once."""
+    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    if not named:
+        return None
+    ends = torch.stack([torch.stack(torch.aminmax(tensor)).float() for _, tensor in named])  # NaN passes through
+    finite = ends.isfinite().all(1).tolist()
+    return next((name for (name, _), good in zip(named, finite) if not good), None)
 
 
 def _sync(path: Path) -> None:

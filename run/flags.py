@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 import tyro
 import yaml
 
-from run.closed_pipe import reader_may_go
+from run.terminal import printable, say
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,8 +59,7 @@ def parse_flags(schema: type[T], argv: list[str], default: T | None = None, sour
         if exit.code:
             raise ValueError(f"{source}: {_sentence(error.getvalue())}") from None
         encoding = sys.stdout.encoding or "utf-8"
-        with reader_may_go():
-            print(_with_titles(out.getvalue(), schema).encode(encoding, "replace").decode(encoding), end="")
+        say(_with_titles(out.getvalue(), schema).rstrip().encode(encoding, "replace").decode(encoding))
         raise
     if unknown:
         names = [flag_name(field.name) for field in dataclasses.fields(schema)]
@@ -107,8 +106,8 @@ def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
 
 
 def one_line(error: BaseException, limit: int = 600) -> str:
-    """The message of an error on one line, at most about `limit` characters. It may quote an untrusted file."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The text of an error on one line, bounded and without control characters: it may quote any file."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 

@@ -6,6 +6,8 @@ markup language would read. `clean` takes the first two out, and text is never h
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import time
 import unicodedata
@@ -47,6 +49,13 @@ SHOWN = {
     "step_time": ("s/step", "{:.2f}"),
 }
 LINE = ["reward", "rewards/answer/mean", "completions/mean_length", "completions/clipped_ratio", "entropy", "grad_norm"]
+
+
+class Display(Console):
+    """A console that raises BrokenPipeError where its reader has gone, and does not end the program as rich does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class History:

@@ -18,20 +18,18 @@ Where this departs from the usual logger:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_types import Episode
-from run.closed_pipe import ReaderMayGo, nobody_reads
 from run.config import Config, save_yaml
-from run.progress import History, LiveProgress, PlainProgress, summary_table
+from run.json_lines import JsonLines, is_metrics, read_lines
+from run.progress import Display, History, LiveProgress, PlainProgress, summary_table
+from run.terminal import complain, discard, write_error
 
 
 class RunLog:
@@ -58,15 +56,15 @@ class RunLog:
         )  # beside, then renamed: a resume reads it, after a kill at any time
         save_yaml(dataclasses.replace(config, run_dir=str(run_dir), resume=None), settings)
         settings.replace(self.run_dir / "config.yaml")
-        self._metrics = _JsonLines(metrics)
-        self._samples = _JsonLines(self.run_dir / "samples.jsonl")
-        self._held_out = _JsonLines(self.run_dir / "held_out.jsonl")
+        self._metrics = JsonLines(metrics, is_metrics, once=True)
+        self._samples = JsonLines(self.run_dir / "samples.jsonl")
+        self._held_out = JsonLines(self.run_dir / "held_out.jsonl")
         self._share = config.log_samples
         self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._complaints: set[str] = set()
         self.history = History(total_steps)
-        self.console = ReaderMayGo()
+        self.console = Display()
         if live is None:
             live = self.console.is_terminal and not self.console.is_dumb_terminal
         title = f"{Path(config.ckpt).name}  {config.task}  {self.run_dir}"
@@ -88,11 +86,11 @@ class RunLog:
         if self._try("metrics.jsonl", lambda: self._metrics.append({"step": step, **values})):
             self._try("TensorBoard events", lambda: self._write_events(step, values))
         self.history.add(step, values)
-        self._try("standard output", lambda: self._progress.step(step, values))
+        self._show(lambda: self._progress.step(step, values))
 
     def say(self, text: str) -> None:
         """A line for people, beside the display."""
-        self._try("standard output", lambda: self.console.print(text, markup=False))
+        self._show(lambda: self.console.print(text, markup=False))
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
         """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text.
@@ -124,7 +122,8 @@ class RunLog:
         TensorBoard hides the later events once the first new one is written.
         """
         for file in (self._metrics, self._samples, self._held_out):
-            file.truncate_after(step)
+            if aside := file.truncate_after(step):
+                complain(f"WARNING: {file.path}: {aside} broken lines were moved to {file.path.name}.broken")
         self._close_events()
         self._purge_step = step + 1
         self.history.clear()
@@ -135,7 +134,7 @@ class RunLog:
     def print_summary(self) -> None:
         """End the display and print one table: the first evaluation and steps beside the last."""
         self._progress.close()
-        self._try("standard output", lambda: self.console.print(summary_table(self.history)))
+        self._show(lambda: self.console.print(summary_table(self.history)))
 
     def close(self) -> None:
         """End the display and write out what is still in memory. The log can not be used afterwards."""
@@ -165,16 +164,25 @@ class RunLog:
             self._try("TensorBoard events", self._tensorboard.close)
             self._tensorboard = None
 
+    def _show(self, write: Callable[[], None]) -> None:
+        """Print; the run goes on if nobody reads it."""
+
+        def shown() -> None:
+            write()
+            if error := write_error(sys.stdout):  # a replaced stream does not raise
+                raise error
+
+        self._try("standard output", shown)
+
     def _try(self, what: str, write: Callable[[], None]) -> bool:
         """Do it; where the disk refuses, say so once until it works again, let the run live, and return False."""
         try:
             write()
         except OSError as error:
             if isinstance(error, BrokenPipeError):
-                nobody_reads()
+                discard(sys.stdout)
             if what not in self._complaints:
-                with contextlib.suppress(OSError):  # standard error may stand on the same full disk
-                    print(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}", file=sys.stderr)
+                complain(f"WARNING: {self.run_dir}: {what} not written: {error.strerror or error}")
             self._complaints.add(what)
             return False
         self._complaints.discard(what)
@@ -204,58 +212,9 @@ class NoLog:
     def print_summary(self) -> None: ...
 
 
-class _JsonLines:
-    """A file of JSON objects, a line each, in the order of their "step"; only ever whole lines."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the length of the run)
-
-    def append(self, *records: dict[str, Any]) -> None:
-        """All of them, or none and OSError."""
-        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode("ascii")
-        if not self.path.exists():  # deleted: writes to the open file would succeed, and be lost with it
-            again = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            self._file.close()
-            self._file = again
-        start = self._file.seek(0, 2)
-        try:
-            if self._file.write(text) != len(text):
-                raise OSError(errno.ENOSPC, "the disk is full")
-        except OSError:
-            self._file.truncate(start)
-            raise
-
-    def truncate_after(self, step: int) -> None:
-        """Cut the file before its first line of a later step, or the first that is broken."""
-        end = sum(len(line) for line, record in _lines(self.path) if record["step"] <= step)
-        self._file.truncate(end)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file with what they say, up to one that a killed process left unfinished."""
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                return
-            if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
-                return
-            yield line, record
-
-
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first."""
-    return read_lines(Path(run_dir) / "metrics.jsonl")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, up to a line that is not whole."""
-    return [record for _, record in _lines(path)]
+    """The lines of a run's metrics.jsonl, oldest first; broken ones are left out."""
+    return read_lines(Path(run_dir) / "metrics.jsonl", is_metrics)
 
 
 def _number(value: Any) -> float | int | None:

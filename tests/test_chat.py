@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import chat
-from chat import Chat, Options, main, printable, stream, talk
+from chat import Chat, Options, main, stream, talk
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
 
@@ -116,8 +116,11 @@ def test_logits_that_are_not_finite_are_an_error(bundled):
         list(bundled.answer("[1, 2] = 3"))
 
 
-def test_what_would_steer_the_terminal_is_shown_as_a_box():
-    assert printable("a\x1b[2Jb\n\tc\u202e é") == "a\u25a1[2Jb\n\tc\u25a1 é"
+def test_an_answer_cannot_steer_the_terminal(bundled, monkeypatch, capsys):
+    monkeypatch.setattr(bundled, "answer", lambda line: iter(["a\x1b[2Jb\n", "\tc\u202e é"]))
+    lines(monkeypatch, "hello")
+    talk(bundled, ask=False)
+    assert capsys.readouterr().out == "a\\x1b[2Jb\n\tc\\u202e é\n"
 
 
 def test_a_character_spread_over_tokens_comes_whole(bundled, monkeypatch):
@@ -137,14 +140,14 @@ def test_standard_input_that_is_no_terminal():
 
 
 def test_bytes_that_are_no_text_and_an_encoding_without_the_characters():
-    """ASCII both ways: bytes beyond it come in, a box and an accent go out."""
+    """ASCII both ways: bytes beyond it come in, an escape and an accent go out."""
     program = (
         "import chat; chat.stream = lambda model, tokenizer, *rest: iter(tokenizer.encode('\\x1b é.')); chat.main([])"
     )
     done = subprocess.run([sys.executable, "-c", program], input=b"\xff\xfe\n[1, 2] = 3\n", cwd=ROOT, timeout=120,
                           capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"? ?.\n" * 2
+    assert done.stdout == b"\\x1b ?.\n" * 2
 
 
 def test_a_reader_that_goes_ends_the_program_without_a_traceback():

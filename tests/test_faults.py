@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import resource
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import SMALL, EvenLetters, metrics_of, run
 
 import train
+from qwen2_llm import Qwen2ForCausalLM
 from run.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 
 # --- disks
@@ -99,7 +104,129 @@ def test_where_the_last_checkpoint_is_on_no_disk_the_exit_code_says_so(
 
     monkeypatch.setattr(train, "save_checkpoint", full)
     assert run("--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 1, *SMALL) == train.NOT_SAVED == 4
-    assert "step 1, the last one, is on no disk" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "step 1, the last one, is on no disk; there is no checkpoint" in error
+    assert "--resume" not in error, "nothing is there to go on from"
+
+
+def test_a_stop_whose_save_fails_promises_only_what_is_there(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    """CHECKLIST 43, 45: Ctrl-C in step 3 of a run with a checkpoint of step 2, and a disk that is full by then."""
+    monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+    real, step = train.save_checkpoint, train.GRPO.step
+
+    def full(run_dir, number, *args, **options):
+        if number > 2:
+            raise OSError(28, "No space left on device")
+        return real(run_dir, number, *args, **options)
+
+    def interrupted(trainer, *args):
+        if trainer.step_count == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *args)
+
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    monkeypatch.setattr(train.GRPO, "step", interrupted)
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 9, "--save-every", 2, *SMALL]
+    assert run(*words) == train.NOT_SAVED
+    said = capsys.readouterr()
+    assert "step 3, the last one, is on no disk; go on from step-000002 with: python train.py --resume" in said.err
+    assert "stopped by SIGINT after step 3" in said.out
+    assert find_checkpoint("latest", tmp_path / "run").name == "step-000002"
+
+
+# --- weights that nobody can use
+
+
+def good_checkpoints(run_dir: Path) -> list[str]:
+    """Names of the checkpoints whose weights give finite logits."""
+    found = []
+    for folder in sorted(run_dir.glob("checkpoints/step-*")):
+        verify_checkpoint(folder)
+        model = Qwen2ForCausalLM.from_pretrained(folder)
+        assert all(p.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            if model(torch.tensor([[1, 2, 3]])).isfinite().all():
+                found.append(folder.name)
+    return found
+
+
+def damaged_by(monkeypatch, damage, steps) -> None:
+    """In these steps the update ends with weights on which `damage` was done."""
+    step = train.GRPO.step
+
+    def damaging(trainer, *args):
+        done = step(trainer, *args)
+        if trainer.step_count in steps:
+            damage(trainer.model)
+        return done
+
+    monkeypatch.setattr(train.GRPO, "step", damaging)
+
+
+def to_nan(model) -> None:
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
+
+
+def to_infinity(model) -> None:
+    model.model.embed_tokens.weight.data[-1, -1] = -math.inf  # a row that no token uses
+
+
+def to_huge_numbers(model) -> None:
+    model.model.norm.weight.data *= 1e30
+    model.model.embed_tokens.weight.data *= 1e10
+
+
+@pytest.mark.parametrize("damage", [to_nan, to_infinity])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_update_that_breaks_the_weights_ends_the_run_and_is_not_saved(
+    checkpoint_folder, tmp_path, monkeypatch, capsys, damage, steps
+):
+    """CHECKLIST 44: after step 1 a weight is infinite or NaN."""
+    monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+    damaged_by(monkeypatch, damage, {1})
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", steps, *SMALL, "--save-every", 1]
+    assert run(*words) == train.NUMBERS_ENDED_IT
+    error = capsys.readouterr().err
+    assert "ended after step 1: its update made model." in error
+    assert "weight NaN or infinite, so it was not saved" in error
+    assert "there is no checkpoint" in error
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("damage", [to_nan, to_infinity, to_huge_numbers])
+def test_the_last_good_checkpoint_survives_an_update_that_destroys_the_model(
+    checkpoint_folder, tmp_path, monkeypatch, capsys, caplog, damage
+):
+    """CHECKLIST 44: one checkpoint is kept, and every step saved. Finite weights may be too large for finite logits."""
+    monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 2, "--keep-checkpoints", 1]
+    assert run(*words, "--save-every", 1, *SMALL) == 0
+    assert good_checkpoints(tmp_path / "run") == ["step-000002"]
+    more = ["--resume", tmp_path / "run", "--steps", 8, "--max-refusals", 3]
+    with monkeypatch.context() as patch:
+        damaged_by(patch, damage, {3})
+        assert run(*more) == train.NUMBERS_ENDED_IT
+    assert "go on from step-000002 with: python train.py --resume" in capsys.readouterr().err
+    assert damage is not to_huge_numbers or "no checkpoint at step 3: the model's logits are NaN" in caplog.text
+    assert good_checkpoints(tmp_path / "run") == ["step-000002"]
+    assert run(*more) == 0
+
+
+def test_refused_steps_do_not_push_a_sound_checkpoint_out(checkpoint_folder, tmp_path, monkeypatch):
+    """CHECKLIST 44: the steps after 2 are refused, each is saved, and 2 stays with the newest of them."""
+    monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
+    real = train.GRPO.rollout
+
+    def sample(trainer, *args, **options):
+        kept, dropped = real(trainer, *args, **options)
+        if trainer.step_count > 2:
+            kept[0] = dataclasses.replace(kept[0], logprobs=[math.nan] * len(kept[0].logprobs))
+        return kept, dropped
+
+    monkeypatch.setattr(train.GRPO, "rollout", sample)
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 6, "--keep-checkpoints", 1]
+    assert run(*words, "--save-every", 1, "--max-refusals", 0, "--eval-problems", 0, *SMALL) == 0
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").glob("step*"))] == ["step-000002", "step-000006"]
 
 
 def test_a_run_ended_before_its_first_checkpoint_begins_again(checkpoint_folder, tmp_path, monkeypatch, capsys):

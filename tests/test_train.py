@@ -80,7 +80,7 @@ def test_three_steps_and_a_resume(checkpoint_folder, tmp_path, even_letters, cap
     run_dir = tmp_path / "run"
     assert run("--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 3, *SMALL) == 0
     said = capsys.readouterr().out
-    assert "a step: 2 prompts x 4 answers x up to 8 tokens, 64 at most; 3 steps" in said
+    assert "a step: 2 prompts x 4 responses x up to 8 tokens, 64 at most; 3 steps" in said
     assert "memory: about" in said
     assert "the run will last about" in said
     rows = metrics_of(run_dir)
@@ -212,7 +212,7 @@ def test_a_full_disk_does_not_end_the_run(checkpoint_folder, tmp_path, even_lett
 # --- being stopped
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(checkpoint_folder, tmp_path, number, code):
     """CHECKLIST 45: in a process of its own."""
     run_dir = tmp_path / "run"
@@ -273,14 +273,34 @@ def test_whenever_the_signal_comes_what_was_done_is_saved(
     assert find_checkpoint("latest", run_dir).name == f"step-{steps[-1]:06d}"
 
 
-def test_a_second_signal_leaves_at_once(capsys):
+def test_a_second_signal_leaves_at_once(capfd):
     """CHECKLIST 45: after the first, both signals do again what the system does with them."""
     stop = train.StopRequest()
     assert stop.requested is None
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert "SIGTERM: finishing this step, then saving; once more to leave at once" in capsys.readouterr().err
+    assert "SIGTERM: finishing this step, then saving; once more to leave at once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("there", "action"), [(False, signal.SIG_IGN), (True, signal.SIG_DFL)])
+def test_a_closed_terminal_is_no_second_signal(monkeypatch, there, action):
+    """CHECKLIST 45: the shell repeats the kernel's SIGHUP; one that is sent by hand is a second signal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(train, "_has_terminal", lambda: True)
+    stop = train.StopRequest()
+    monkeypatch.setattr(train, "_has_terminal", lambda: there)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.requested == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == action
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_nohup_stays_in_force():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = train.StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.requested is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

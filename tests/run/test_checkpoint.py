@@ -557,6 +557,34 @@ def test_a_save_that_fails_leaves_no_litter(run, monkeypatch):
     assert names(run.folder) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["weight", "state"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path, value, where):
+    """CHECKLIST 44: neither weights nor moments; the checkpoint before stays, and nothing is left over."""
+    model = small_model()
+    optimizer = MemoryEfficientAdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, 1)
+    save_checkpoint(tmp_path, 1, model, TOKENIZER, optimizer, {})
+    moments = optimizer.state[next(iter(optimizer.state))]["exp_avg_sq"]
+    spoiled = model.model.norm.weight.data if where == "weight" else moments
+    spoiled.view(-1)[-1] = value
+    with pytest.raises(checkpoint.NotFiniteError, match="NaN or infinity") as caught:
+        save_checkpoint(tmp_path, 2, model, TOKENIZER, optimizer, {}, keep=1)
+    assert ("model.norm.weight" in str(caught.value)) == (where == "weight")
+    assert names(tmp_path) == ["latest", "step-000001"]
+
+
+def test_unsound_checkpoints_push_no_sound_one_out(run):
+    """CHECKLIST 44: the newest are kept whatever they are, and `keep` sound ones with them."""
+    for step, sound in enumerate([True, True, False, False, True, False]):
+        run(step, keep=2, sound=sound)
+    assert names(run.folder) == ["latest", "step-000001", "step-000004", "step-000005"]
+    run(6, keep=2, sound=False)
+    assert names(run.folder) == ["latest", "step-000001", "step-000004", "step-000005", "step-000006"]
+    run(7, keep=1)
+    assert names(run.folder) == ["latest", "step-000007"]
+
+
 def test_state_must_be_json(run):
     with pytest.raises(TypeError):
         save_checkpoint(run.folder, 1, small_model(), TOKENIZER, run.optimizer, {"tensor": torch.zeros(1)})

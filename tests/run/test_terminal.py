@@ -1,0 +1,327 @@
+"""A failing print changes neither the files of a run nor an exit code; text of others cannot steer the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_train import SMALL, metrics_of, wait_for
+
+from run import terminal
+from run.checkpoint import find_checkpoint, verify_checkpoint
+from run.config import Config
+from run.run_log import RunLog
+from run.terminal import printable, write_error
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [*SMALL, "--task", "arithmetic", "--entropy-coef", "0.01"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*words: object) -> list[str]:
+    return [str(word) for word in (sys.executable, ROOT / words[0], *words[1:])]
+
+
+def run_without_reader(*words: object, until: str | None = None) -> tuple[int, str]:
+    """A program whose standard output is closed at once, or after a line with `until`. (exit code, standard error)"""
+    with subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        try:
+            if until:
+                wait_for(process, until)
+            process.stdout.close()
+            error = process.stderr.read()
+            return process.wait(timeout=120), error
+        finally:
+            process.kill()
+
+
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def code_with(faults: str, *words: object) -> int:
+    """The exit code of a program under faults such as "stdout full, stderr closed"."""
+    redirections = ""
+    if "stdout closed" in faults:
+        redirections += " >&-"
+    if "stderr closed" in faults:
+        redirections += " 2>&-"
+    if "stdin closed" in faults:
+        redirections += " <&-"
+    with contextlib.ExitStack() as stack:
+        streams = {}
+        for stream in ("stdout", "stderr"):
+            if f"{stream} full" in faults:
+                streams[stream] = stack.enter_context(open("/dev/full", "w"))
+            if f"{stream} dead" in faults:
+                streams[stream] = closed_pipe()
+                stack.callback(os.close, streams[stream])
+        return subprocess.run(
+            ["sh", "-c", f'exec "$@"{redirections}', "sh", *command(*words)],
+            **streams, cwd=ROOT, env=ENVIRONMENT, timeout=300, check=False,
+        ).returncode  # fmt: skip
+
+
+FAULTS = ["stdout full, stderr full", "stdout closed, stderr closed, stdin closed", "stdout dead, stderr dead"]
+
+
+# --- a run
+
+
+@pytest.mark.parametrize("until", [None, "a step takes"])
+def test_a_run_goes_on_to_its_end_and_says_once_that_nobody_reads(checkpoint_folder, tmp_path, until):
+    run_dir = tmp_path / "run"
+    words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 30, "--save-every", 5, *TINY]
+    code, error = run_without_reader("train.py", *words, until=until)
+    assert code == 0, error
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error
+    told = [line for line in error.splitlines() if "standard output" in line]
+    assert len(told) == 1 or (until and not told)  # a slow machine may close the pipe when all was said
+    assert [row["step"] for row in metrics_of(run_dir)] == list(range(31))
+    assert find_checkpoint("latest", run_dir).name == "step-000030"
+    verify_checkpoint(find_checkpoint("latest", run_dir))
+
+    code, error = run_without_reader("report.py", run_dir)
+    assert (code, error) == (0, "")
+    assert (run_dir / "report.html").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("faults", [*FAULTS, "stderr full"])
+def test_a_run_saves_the_same_whatever_becomes_of_its_streams(checkpoint_folder, tmp_path, faults):
+    """Both streams, from the first line on; a metric file must not be written by a print to a closed handle."""
+    run_dir = tmp_path / "run"
+    words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 3, "--save-every", 1, *TINY]
+    assert code_with(faults, "train.py", *words) == 0
+    assert [row["step"] for row in metrics_of(run_dir)] == [0, 1, 2, 3]
+    verify_checkpoint(find_checkpoint("latest", run_dir))
+    assert find_checkpoint("latest", run_dir).name == "step-000003"
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+def test_a_mistake_has_exit_code_2_whatever_becomes_of_the_streams(faults):
+    assert code_with(faults, "train.py", "--ckpt", "no/such/folder/at/all") == 2
+
+
+@contextlib.contextmanager
+def started(*words: object, **streams):
+    process = subprocess.Popen(command("train.py", *words, "--steps", 100000), cwd=ROOT, env=ENVIRONMENT, **streams)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_until(handle: int, text: bytes, seconds: float = 90) -> None:
+    seen, deadline = b"", time.monotonic() + seconds
+    while text not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([handle], [], [], 1.0)[0]:
+            piece = os.read(handle, 65536)
+            assert piece, seen
+            seen += piece
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_into_a_pipe_whose_reader_dies_of_it_saves_the_run(checkpoint_folder, tmp_path, number):
+    """CHECKLIST 45: `2>&1 | tee log` and Ctrl-C, which ends tee at once."""
+    run_dir = tmp_path / "run"
+    reader, writer = os.pipe()
+    words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--save-every", 0, "--eval-every", 0, *TINY]
+    with started(*words, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        read_until(reader, b"a step takes")
+        os.close(reader)
+        process.send_signal(number)
+        assert process.wait(timeout=90) == 128 + number
+    verify_checkpoint(find_checkpoint("latest", run_dir))
+    assert find_checkpoint("latest", run_dir).name == f"step-{metrics_of(run_dir)[-1]['step']:06d}"
+
+
+def test_a_terminal_that_is_closed_saves_the_run(checkpoint_folder, tmp_path):
+    """CHECKLIST 45: SIGHUP comes from the kernel, and again from the shell; every print fails with EIO."""
+    run_dir = tmp_path / "run"
+    words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--save-every", 0, "--eval-every", 0, *TINY]
+    pid, terminal_end = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, command("train.py", *words, "--steps", 100000), ENVIRONMENT)
+    read_until(terminal_end, b"step 2/")
+    os.close(terminal_end)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGHUP)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    verify_checkpoint(find_checkpoint("latest", run_dir))
+
+
+def test_a_log_on_the_full_disk_of_the_run(checkpoint_folder, tmp_path):
+    """No file may grow: not the log, not a checkpoint. The run goes on to its end and says so by its exit code."""
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.run(
+            ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh",
+             *command("train.py", "--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 60, *TINY)],
+            stdout=log, stderr=log, cwd=ROOT, env=ENVIRONMENT, timeout=300, check=False,
+        )  # fmt: skip
+    assert process.returncode == 4
+    assert (tmp_path / "log").stat().st_size == 4096
+    assert 0 < len(metrics_of(tmp_path / "run")) < 60
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+# --- the other programs
+
+
+def test_an_evaluation_is_written_to_its_file(checkpoint_folder, tmp_path):
+    words = ["--ckpt", checkpoint_folder, *TINY, "--samples", 2, "--json", tmp_path / "found.json"]
+    assert run_without_reader("evaluate.py", *words) == (0, "")
+    assert "pass@2" in json.loads((tmp_path / "found.json").read_text())["results"][str(checkpoint_folder)]
+
+
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["explain.py", "--text"]])
+def test_the_others_end_quietly(words):
+    assert run_without_reader(*words) == (0, "")
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "--help"],
+        ["chat.py"],
+        ["explain.py", "--text"],
+        ["evaluate.py", "--eval-problems", 2, "--samples", 1, "--max-new-tokens", 4],
+    ],
+    ids=lambda words: " ".join(words[:2]) if isinstance(words, list) else words,
+)
+def test_no_program_changes_its_exit_code(faults, words):
+    assert code_with(faults, *words) == 0
+
+
+def test_a_full_device_is_told_once_on_the_other_stream():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("explain.py", "--text"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        0,
+        "explain.py: standard output could not be written: No space left on device\n",
+    )
+
+
+# --- the log of a run in this process
+
+
+def test_a_line_beside_the_display_may_be_the_first_that_nobody_reads(tmp_path, monkeypatch, capsys):
+    """Of rich's, which would end the program."""
+    with open(closed_pipe(), "w") as stdout, RunLog(tmp_path / "run", Config(), total_steps=2) as log:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        log.say("the run will last about a week")
+        log.log_step(1, {"reward": 0.5})
+        log.print_summary()
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1]
+    assert capsys.readouterr().err.count("standard output not written: Broken pipe") == 1
+
+
+class Failing(io.RawIOBase):
+    """Fails with the errors given, one a write; None: the write succeeds."""
+
+    def __init__(self, *errors: int | None):
+        self.errors, self.written = list(errors), b""
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return closed_pipe()
+
+    def write(self, data) -> int:
+        number = self.errors.pop(0)
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+        self.written += bytes(data)[:1]
+        return 1
+
+
+def test_a_device_that_was_full_is_written_again_and_a_closed_pipe_is_not_tried_again():
+    for number, tried in ((errno.ENOSPC, b"bc"), (errno.EPIPE, b""), (errno.EIO, b"")):
+        raw = Failing(number, None, None)
+        stream = io.TextIOWrapper(io.BufferedWriter(terminal._Outlives(raw)), write_through=True)
+        print("a", end="", file=stream, flush=True)
+        assert write_error(stream).errno == number
+        print("bc", end="", file=stream, flush=True)
+        assert raw.written == tried
+        assert (write_error(stream) is None) == bool(tried)
+
+
+def test_a_signal_handler_may_interrupt_a_print():
+    """A print of its own would raise `RuntimeError: reentrant call` inside whatever was interrupted."""
+    program = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from run.terminal import replace_streams, write_now
+replace_streams()
+signal.signal(signal.SIGALRM, lambda *_: write_now("now\\n"))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+for _ in range(20000):
+    print("x" * 50, file=sys.stderr)
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "now" in done.stderr
+
+
+# --- text
+
+
+@given(st.text() | st.text("\x1b\x9b[]P;m0\x07\\ab\u202e\n\t\ud800"))
+def test_printable_text_has_no_control_character_and_loses_nothing(text):
+    shown = printable(text)
+    assert all(
+        c in "\n\t\u200c\u200d" or not unicodedata.category(c).startswith("C") or unicodedata.category(c) == "Cn"
+        for c in shown
+    )
+    assert printable(shown) == shown
+    plain = "".join(c for c in text if c.isprintable() or c in "\n\t")
+    assert all(c in shown for c in plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain 3 × 5\n\tend", "plain 3 × 5\n\tend"),
+        ("\x1b[1;31mred\x1b[0m", r"\x1b[1;31mred\x1b[0m"),
+        ("\x1b]0;owned\x07", r"\x1b]0;owned\x07"),
+        ("\x9b2Jx\x85y\r\0", r"\x9b2Jx\x85y\x0d\x00"),
+        ("a\u200bb\u2066c\ufeff\u2028", r"a\u200bb\u2066c\ufeff\u2028"),
+        ("\U000e0041 \ud800", r"\U000e0041 \ud800"),
+        ("👩\u200d🚀 日本\u3000語", "👩\u200d🚀 日本\u3000語"),
+    ],
+)
+def test_what_would_steer_the_terminal_is_shown_in_pythons_notation(text, expected):
+    assert printable(text) == expected
