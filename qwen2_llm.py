@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +34,9 @@ from model.attention import Attend, PackedAttention
 from model.layout import Layout
 from model.linear import Embedding, Linear, linear
 from model.qwen2_config import Qwen2Config
-from model.weight_files import read_safetensors
+from model.weight_files import read_safetensors, refuse_foreign
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
@@ -179,7 +184,7 @@ class Qwen2ForCausalLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """[V, D] weight of the LM head; the embedding itself where the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
@@ -237,43 +242,98 @@ class Qwen2ForCausalLM(nn.Module):
         """Load a folder of config.json and safetensors (one file, or shards with an index).
 
         The module is built without storage and each tensor is put in place as it is read, so the weights are never
-        held twice. Raises FileNotFoundError or ValueError, naming the file or tensor that is missing or wrong.
+        held twice. Raises FileNotFoundError or ValueError with the name of the file or tensor that is missing or wrong.
+
+        If config.json ties the LM head to the embedding but the folder has another `lm_head.weight`, the two stay
+        apart, as in transformers, and a warning says so.
         """
         config = Qwen2Config.from_pretrained(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        wanted = dict(model.named_parameters())
-        for name, tensor in read_safetensors(folder):
-            if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
-                continue  # a copy of the tied embedding; a buffer of old releases
-            if name not in wanted:
-                raise ValueError(
-                    f"{folder} holds a tensor {name!r} that {config.model_type} does not have; is config.json its own?"
-                )
-            expected = tuple(wanted.pop(name).shape)
-            if tuple(tensor.shape) != expected:
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for {expected}"
-                )
-            if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
-                raise ValueError(f"{folder}: {name} is not finite or no floating point; the weights are damaged")
-            owner, leaf = name.rpartition(".")[::2]
-            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
-            setattr(model.get_submodule(owner), leaf, parameter)
-        if wanted:
-            raise ValueError(
-                f"{folder} lacks {len(wanted)} tensors, the first is {sorted(wanted)[0]!r}; download it again"
-            )
+        model = _without_storage(cls, config, folder)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if config.tie_word_embeddings:
+            shapes[HEAD] = shapes[EMBEDDING]
+        ends: dict[str, Tensor] = {}  # the embedding and the head, as the file has them
+        for name, tensor in _tensors(folder, config, shapes):
+            if name in (EMBEDDING, HEAD):
+                ends[name] = tensor
+            else:
+                model._place(name, tensor.to(device=device, dtype=dtype))
+        for name, tensor in model._untied(ends, folder).items():
+            model._place(name, tensor.to(device=device, dtype=dtype))
         return model
 
+    def _place(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+    def _untied(self, ends: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+        """Of the embedding and the head, those to put in place. A head that differs gets a module of its own."""
+        if not self.config.tie_word_embeddings:
+            return ends
+        if len(ends) == 1 or _equal(ends[EMBEDDING], ends[HEAD]):
+            return {EMBEDDING: ends[min(ends, key=[EMBEDDING, HEAD].index)]}
+        warnings.warn(
+            f"{folder}: config.json ties the LM head to the embedding, but the weights have another {HEAD}; "
+            "both are used, as in transformers",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        self.config = replace(self.config, tie_word_embeddings=False)
+        with torch.device("meta"):
+            self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        return ends
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, in the names and the dtype the model has; transformers opens it."""
+        """Write config.json and model.safetensors, with the model's names and dtype; transformers opens the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        # Beside, then renamed: the weights may be views of the very file that this one replaces.
+        # Written beside the old file, then renamed: the weights may be views of the file that this one replaces.
         save_file(state, folder / "model.safetensors.new", metadata={"format": "pt"})
         (folder / "model.safetensors.new").replace(folder / "model.safetensors")
         (folder / "config.json").write_text(
             json.dumps(self.config.to_dict(self.dtype), indent=2) + "\n", encoding="utf-8"
         )
+
+
+def _without_storage(kind: type[Qwen2ForCausalLM], config: Qwen2Config, folder: str | Path) -> Qwen2ForCausalLM:
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except RuntimeError as error:  # a product of two sizes that passes 2^63
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{Path(folder) / 'config.json'}: the sizes are too large ({reason})") from None
+
+
+def _tensors(
+    folder: str | Path, config: Qwen2Config, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name in the model, tensor), each checked against `shapes`; at the end, none may be missing."""
+    full_names = {name.removeprefix("model."): name for name in shapes}  # a base model is saved without the prefix
+    missing = set(shapes)
+    for file_name, tensor in read_safetensors(folder):
+        name = full_names.get(file_name, file_name)
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # a buffer of old releases
+        if name not in shapes:
+            refuse_foreign(folder, file_name, config.model_type)
+        if name not in missing:
+            raise ValueError(f"{folder} holds the tensor {name!r} twice")
+        if tuple(tensor.shape) != shapes[name]:
+            found, expected = tuple(tensor.shape), shapes[name]
+            raise ValueError(f"{folder}: {name} has shape {found}, but config.json asks for {expected}")
+        missing.remove(name)
+        yield name, tensor
+    if config.tie_word_embeddings and not {EMBEDDING, HEAD} <= missing:
+        missing -= {EMBEDDING, HEAD}  # one of the two is enough
+    if missing == {HEAD}:
+        raise ValueError(
+            f'{folder} lacks {HEAD}: take the release with its LM head, or set "tie_word_embeddings": true in '
+            "config.json if the model's head is its embedding"
+        )
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {min(missing)!r}; download it again")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())

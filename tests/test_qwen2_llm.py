@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -255,6 +256,87 @@ def test_a_copy_of_the_tied_embedding_and_old_buffers_are_passed_over(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     ids = random_ids(1, 9)
     assert torch.equal(Qwen2ForCausalLM.from_pretrained(tmp_path)(ids), model(ids))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def both_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and those of transformers, for the same ids."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    ids = random_ids(2, 20)
+    return Qwen2ForCausalLM.from_pretrained(folder)(ids), theirs(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("change", ["every number", "one number", "the dtype"])
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3", "llama3-scaled"])
+def test_a_head_that_differs_from_the_tied_embedding_is_used(family, change, tmp_path):
+    """config.json says that the two are tied, and the file has another head: transformers believes the file."""
+    reference_model(family).save_pretrained(tmp_path)
+
+    def another_head(tensors):
+        head = tensors["model.embed_tokens.weight"].clone()
+        if change == "the dtype":  # rounded, so that the numbers differ too
+            tensors["lm_head.weight"] = head.bfloat16()
+            return
+        head[slice(None) if change == "every number" else 7] += 0.5
+        tensors["lm_head.weight"] = head
+
+    change_tensors(tmp_path, another_head)
+    with pytest.warns(RuntimeWarning, match=r"ties the LM head .* another lm_head\.weight"):
+        logits, expected = both_logits(tmp_path)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    with pytest.warns(RuntimeWarning, match="ties the LM head"):
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "saved")  # says that they are not tied, so no warning comes again
+    logits, expected_again = both_logits(tmp_path / "saved")
+    torch.testing.assert_close(logits, expected_again, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_head_of_another_shape_is_refused_although_it_is_tied(tmp_path):
+    reference_model("qwen2-tied").save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(90, 32)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(90, 32\)"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_tied_model_may_have_its_head_alone(tmp_path):
+    """Some programs save the shared tensor under the head's name."""
+    reference_model("qwen2-tied").save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    logits, expected = both_logits(tmp_path)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+def test_a_base_model_without_the_prefix_is_read(family, tmp_path):
+    """`AutoModel.save_pretrained` leaves out "model." and the head."""
+    reference_model(family).model.save_pretrained(tmp_path)
+    assert "norm.weight" in load_file(tmp_path / "model.safetensors")
+    logits, expected = both_logits(tmp_path)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_base_model_without_a_head_of_its_own_is_refused(tmp_path):
+    """transformers would draw a random head."""
+    reference_model("qwen2-untied").model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks lm_head\.weight.*tie_word_embeddings"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2}, {"head_dim": 2**30, "hidden_size": 2**30}]
+)
+def test_sizes_that_no_memory_holds_are_refused(sizes, tmp_path):
+    """CHECKLIST 46."""
+    config = make_config(**sizes, num_attention_heads=2**20, num_key_value_heads=2**20)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ValueError, match=r"config\.json: the sizes are too large"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path)
 
 
 MEASURE = """

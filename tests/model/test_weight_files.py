@@ -57,7 +57,9 @@ def test_missing_files_are_named(saved):
     (saved / "part-1.safetensors").unlink()
     assert "part-1.safetensors is missing" in refusal(saved, FileNotFoundError)
     (saved / "model.safetensors.index.json").unlink()
-    assert "neither model.safetensors nor" in refusal(saved, FileNotFoundError)
+    message = refusal(saved, FileNotFoundError)
+    assert "neither model.safetensors nor" in message
+    assert "part-0.safetensors" in message
     (saved / "config.json").unlink()
     assert "config.json does not exist" in refusal(saved, FileNotFoundError)
 
@@ -110,6 +112,93 @@ def test_a_broken_index_is_named(content, saved):
     split_into_shards(saved)
     write_index(saved, content)
     assert "model.safetensors.index.json" in refusal(saved)
+
+
+def test_a_tensor_that_the_index_forgets_is_read_as_in_transformers(saved):
+    weight_map = split_into_shards(saved)
+    write_index(saved, {"weight_map": {key: value for key, value in weight_map.items() if "norm" not in key}})
+    assert not any(parameter.is_meta for parameter in Qwen2ForCausalLM.from_pretrained(saved).parameters())
+
+
+def test_a_tensor_in_two_shards_is_refused(saved):
+    weight_map = split_into_shards(saved)
+    head = torch.zeros(275, 32)
+    for shard in ("part-0.safetensors", "part-1.safetensors"):
+        save_file({**load_file(saved / shard), "lm_head.weight": head}, saved / shard)
+    write_index(saved, {"weight_map": weight_map})
+    assert "'lm_head.weight' twice" in refusal(saved)
+
+
+# --- other kinds of weights: the kind is named, and the remedy fits
+
+Q = "model.layers.0.self_attn.q_proj."
+QUANTIZED = {
+    "GPTQ": {Q + "qweight": torch.zeros(4, 64, dtype=torch.int32), Q + "g_idx": torch.zeros(32, dtype=torch.int32)},
+    "AWQ": {Q + "qweight": torch.zeros(32, 8, dtype=torch.int32), Q + "scales": torch.ones(1, 64).half()},
+    "AWQ scales": {Q + "scales": torch.ones(1, 64).half()},
+    "bitsandbytes, 4 bits": {Q + "weight": torch.zeros(1024, 1, dtype=torch.uint8)},
+    "bitsandbytes, 8 bits": {Q + "weight": torch.zeros(64, 32, dtype=torch.int8), Q + "SCB": torch.ones(64)},
+    "fp8": {Q + "weight": torch.zeros(64, 32).to(torch.float8_e4m3fn), Q + "weight_scale_inv": torch.ones(1, 1)},
+    "fp8 scales": {Q + "weight_scale": torch.ones(1)},
+    "compressed-tensors": {Q + "weight_packed": torch.zeros(64, 4, dtype=torch.int32)},
+    "MLX": {Q + "weight": torch.zeros(64, 4).to(torch.uint32), Q + "biases": torch.ones(64, 1).bfloat16()},
+    "integers of the right shape": {"model.norm.weight": torch.zeros(32, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_are_called_quantized(kind, saved):
+    """Also without a quantization_config. A download that is repeated would bring the same file."""
+    tensors = load_file(saved / "model.safetensors")
+    if not kind.endswith("scales"):
+        tensors.pop(Q + "weight")
+    save_file({**tensors, **QUANTIZED[kind]}, saved / "model.safetensors")
+    message = refusal(saved)
+    assert "quantized" in message
+    assert "damaged" not in message
+    assert "download it again" not in message
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["pytorch_model.bin"], ["pytorch_model.bin", "pickled", "save_pretrained"]),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["pickled", "save_pretrained"]),
+        (["consolidated.00.pth"], ["pickled"]),
+        (["model-q4_k_m.gguf"], ["model-q4_k_m.gguf", "llama.cpp"]),
+        (["adapter_model.safetensors", "adapter_config.json"], ["adapter of 'some/base'", "merge_and_unload"]),
+        (["adapter_model.bin", "adapter_config.json"], ["adapter of 'some/base'", "merge_and_unload"]),
+        (["model-00001-of-00002.safetensors"], ["model-00001-of-00002.safetensors", "index"]),
+        (["tf_model.h5"], ["tf_model.h5", "safetensors"]),
+        ([], ["no weights", "converted"]),
+    ],
+)
+def test_a_folder_with_other_weights_says_which_and_what_to_do(names, words, saved):
+    (saved / "model.safetensors").unlink()
+    for name in names:
+        (saved / name).write_bytes(b'{"base_model_name_or_path": "some/base"}')
+    message = refusal(saved, FileNotFoundError)
+    assert all(word in message for word in words), message
+    assert "download it again" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("score.weight", "classification or reward model"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "LoRA adapter"),
+        ("model.layers.0.mlp.experts.0.up_proj.weight", "mixture of experts"),
+        ("visual.blocks.0.attn.qkv.weight", "reads images"),
+        ("module.model.norm.weight", "training program"),
+        ("_orig_mod.model.norm.weight", "torch.compile"),
+        ("something.else", "config.json"),
+    ],
+)
+def test_a_foreign_tensor_is_named_with_the_likely_reason(name, words, saved):
+    save_file({**load_file(saved / "model.safetensors"), name: torch.zeros(2)}, saved / "model.safetensors")
+    message = refusal(saved)
+    assert repr(name) in message
+    assert words in message
 
 
 def test_an_index_that_names_a_tensor_its_shard_lacks(saved):
