@@ -5,10 +5,10 @@
     python warm_start.py --ckpt FOLDER --out models/worked --task arithmetic
 
 From scratch: a small byte-pair tokenizer is trained on example responses, called traces (search_traces.py for
-Countdown, sum_traces.py for arithmetic). Then a Qwen2 of 0.83 M parameters is trained on a stream of traces that never repeats.
-With `--ckpt`, the checkpoint's own tokenizer and chat template and the full prompt style are used, and far fewer traces
-are enough. The traces are imperfect on purpose. They teach the form, correct arithmetic and many habits of search. GRPO
-(train.py) then reinforces the habits that solve problems.
+Countdown, sum_traces.py for arithmetic). Then a Qwen2 of 0.83 M parameters is trained on a stream of traces that
+never repeats. With `--ckpt`, the checkpoint's own tokenizer and chat template and the full prompt style are used, and
+far fewer traces are enough. The traces are imperfect on purpose. They teach the form, correct arithmetic and many
+habits of search. GRPO (train.py) then reinforces the habits that solve problems.
 
 The loss is the mean over response tokens, the stop token included. The prompt has no loss. Texts lie end to end without
 padding. If prompts are longer than traces, use `--traces-per-problem`: several traces then share one prompt, which is

@@ -1,12 +1,12 @@
-"""Arithmetic that a model wrote: read by a small parser, never by Python.
+"""Arithmetic in sampled text: a small parser reads it, Python never runs it.
 
-A sampled answer is data, not code. The lineage of this project checks the characters of an answer and then calls
-`eval`, which makes `9**9**9` the trainer's problem. Here a recursive-descent parser knows + - * / and parentheses over
-plain ASCII integers, computes in exact fractions, and refuses anything long or deep.
+GRPO-Zero checks the characters of an answer and then calls `eval`, so an answer such as `9**9**9` stops the trainer.
+Here a recursive-descent parser knows + - * / and parentheses over plain ASCII integers, computes exact fractions, and
+refuses long or deeply nested text.
 
-    evaluate_expression("(3 + 5) * 2")     -> (Fraction(16), [3, 5, 2])
-    plain_number(" 1,234 ")     -> Fraction(1234)
-    false_sums("3 + 5 = 9")     -> (1, 1)
+    evaluate_expression("(3 + 5) * 2")    # (Fraction(16), [3, 5, 2])
+    plain_number(" 1,234 ")               # Fraction(1234)
+    false_sums("3 + 5 = 9")               # (1, 1)
 
 Grammar (white space may stand between any two tokens):
 
@@ -14,8 +14,9 @@ Grammar (white space may stand between any two tokens):
     product := factor (("*" | "/") factor)*
     factor  := ["-"] (integer | "(" sum ")")
 
-One minus sign in front of a number or a parenthesis is arithmetic and allowed; `--3`, `+3`, `**`, `//`, `1_000`, `007`,
-decimals, an equals sign, and digits or operators from elsewhere in Unicode are not.
+One minus sign in front of a number or a parenthesis is allowed. `--3`, `+3`, `**`, `//`, `1_000`, `007`, decimals, an
+equals sign, and digits or operators of other scripts are not. `plain_number` and `false_sums` read more notations: they
+judge numbers and sums that a model writes in its own style.
 """
 
 from __future__ import annotations
@@ -23,17 +24,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-MAX_CHARS = 200  # an honest answer with six numbers has about 40
+MAX_CHARS = 200  # an answer with six numbers has about 40
 MAX_DEPTH = 20  # of parentheses
-MAX_SUMS = 100  # `false_sums` looks at so many equals signs: bounded time, whatever the model wrote
-SUM_WINDOW = 80  # ... and at so many characters on either side of each
+MAX_SUMS = 100  # `false_sums` looks at the first 100 equals signs, so its time is bounded
+SUM_WINDOW = 100  # ... and at 100 characters on either side of each
 
 _SPACES = " \t\r\n"
-_TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))")  # [0-9], not \d: \d takes the digits of every script
-_NUMBER = re.compile(r"(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:\s*/\s*([0-9]+))?")
-_LEADING_NUMBER = re.compile(r"-?[0-9]+(?:\.([0-9]+))?")
-_TERM_START = re.compile(r"-?[0-9(]")
-_ARITHMETIC = "0123456789+-*/(). \t"
+_TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))")  # [0-9]: \d also matches the digits of other scripts
 
 
 class ExpressionError(ValueError):
@@ -110,83 +107,230 @@ class _Parser:
         return Fraction(sign * self.numbers[-1])
 
 
-def plain_number(text: str) -> Fraction | None:
-    """The number that `text` is: `42`, `-7`, `1,234`, `3.5`, `7/2`, `$42`; None for anything else, also for `6 * 7`.
+_SIGNS = str.maketrans("×·⋅∗÷∕⁄−–", "****///--")
+_LATEX_COMMA = re.compile(r"\{,\}|,\\!")  # 1{,}234
+_WRAPPED = re.compile(  # **5**, $5$, \(5\), \[5\], \boxed{5}, \text{5}, `5`
+    r"\*{1,3}([^*]+)\*{1,3}|\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|\\(?:boxed|text)\s*\{(.+)\}|`([^`]+)`",
+    re.DOTALL,
+)
+_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\s*(?:\{([0-9 ]+)\}\s*\{([0-9 ]+)\}|([0-9])([0-9]))")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s*(?:\\?[$€£]\s*(?P<inner>[-+]?))?"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE](?P<exponent>[-+]?[0-9]{1,3}))?"
+    r"(?:\s*/\s*(?P<divisor>[0-9]+))?\.?"
+)
 
-    A dollar sign in front and a full stop behind are dropped, because word problems are answered that way.
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of a text that is one number: `42`, `-7`, `+7`, `.5`, `1,234`, `7/2`, `1e-05`, `-$5`, `**5**`, `$5$`.
+
+    A currency sign, a full stop, Markdown and LaTeX around the number are removed, because word problems are answered
+    that way. Returns None for every other text, also for `6 * 7` and `42 apples`.
     """
-    text = text.strip().removeprefix("$").removesuffix(".")
-    match = _NUMBER.fullmatch(text) if len(text) <= 64 else None
-    if match is None or (match[2] and int(match[2]) == 0):
+    if len(text) > 1000 or len(text := text.strip().translate(_SIGNS)) > 100:
         return None
-    return Fraction(match[1].replace(",", "")) / int(match[2] or 1)
+    for _ in range(4):
+        text = text.strip()
+        if match := _WRAPPED.fullmatch(text.removesuffix(".")):
+            text = match[match.lastindex or 0]
+    text = _LATEX_COMMA.sub(",", text)
+    if match := _FRACTION.fullmatch(text):
+        sign, *parts = (part for part in match.groups() if part is not None)
+        text = sign + "/".join(part.strip() for part in parts)
+    match = _NUMBER.fullmatch(text)
+    if match is None or (match["sign"] and match["inner"]) or (match["divisor"] and int(match["divisor"]) == 0):
+        return None
+    value = Fraction(match["digits"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
+    value /= int(match["divisor"] or 1)
+    return -value if "-" in (match["sign"], match["inner"]) else value
+
+
+# --- equalities in prose
+
+_FRACTIONS = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|([0-9])\s*([0-9]))")
+_NOTATION = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\\\", "\n"),  # the end of a line of LaTeX
+    (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
+    (r"\\div(?![A-Za-z])", "/"),
+    (r"\\(?:left|right)(?![A-Za-z])|\\!", ""),
+    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|[&~]", " "),
+    (r"\\(?:text|mathrm|boxed)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\[(\[]", "["),  # math begins
+    (r"\\[)\]]", "]"),  # math ends
+)]  # fmt: skip
+_CURRENCY = re.compile(r"\\?[$€£](?=\s*[-0-9(])")  # also the `$` that begins math
+_PLAIN = re.compile(r"[\w\s\0+*/()=.,:;?!-]*(?<!\*)")
+_BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])")
+_LIST_MARKER = re.compile(r"\n\s*(?:(?:[-+*•]|\(?[0-9A-Za-z]{1,3}[.)])\s+)*")
+_PIECE = re.compile(
+    r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]*[0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)|(?P<sign>[-+*/()])"
+    r"|(?P<space>[ \t\r]+)|(?P<word>[^\W\d_]{2,})|(?P<other>.)", re.DOTALL
+)  # fmt: skip
+# Words beside an expression that can belong to it: "5 times 3 + 2 = 17", "7 / 2 = 3 remainder 1", "30 + 30 = 1 hour".
+_ARITHMETIC_WORD = re.compile(
+    "times|plus|minus|over|of|by|than|from|divided|multiplied|squared|cubed|to|power|mod|modulo|base|percent|remainder"
+    "|rem|pi|sqrt|root|sin|cos|tan|log|ln|exp|abs|max|min|factorial|choose|twice|double|triple|hundred|thousand|million"
+    "|billion|mil|bn|(?:half|halve|third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth|dozen|pair|score"
+    "|second|sec|minute|min|hour|hr|day|week|month|year|cent|dollar|euro|pound|penny|pennie|dime|nickel|inche|yard|mile"
+    "|metre|meter|gram|ounce|litre|liter|pint|gallon|ton|am|pm|mm|cm|km|mg|kg|ml|ft|lb|oz)s?|inch|foot|feet",
+    re.IGNORECASE,
+)
+_BEFORE, _BEFORE_A_SPACE, _OPENING_QUOTE = set("=\n[{<>→⇒—"), set(".,:;?!#"), set("|\"'“‘`")
+_BEHIND, _BEHIND_UNLESS_DIGITS = set("=\n)]}<>|`$→⇒—✓✔✅✗❌?;"), set(".,:\"'”’")
+_AND_A_FRACTION = re.compile(r"and\s+(?:an?\b|one\b|half\b|[0-9]+\s*/\s*[0-9]+\s*(?![\s0-9/*+=-]))")
+_FRACTION_IN_LINE = re.compile(r"([0-9]+)\s*/\s*([0-9]+)")
 
 
 def false_sums(text: str) -> tuple[int, int]:
-    """How many of the equalities written in `text` are wrong, and how many there are: (wrong, total).
+    """Equalities in `text`: (number of wrong ones, number of all that can be judged).
 
     An equality is an expression with an operator, an equals sign and a number or a second expression, on one line:
-    `3 + 5 = 8`, `(44 - 19) * 2 = 50`, `7 / 2 = 3.5`, `2 * 6 = 4 * 3`. A decimal is right when it is the left side
-    rounded to the digits shown. Algebra (`2x + 3 = 7`), `!=`, `==` and decimals on the left are not counted. Only the
-    first MAX_SUMS equals signs are looked at. Nothing is paid for this number, so it stays honest.
+    `3 + 5 = 8`, `(44 - 19) * 2 = 50`, `1,450 − 350 = 1,100`, `\\frac{7}{2} = 3.5`. A decimal is right if it is the left
+    side rounded to the digits shown. An equality is counted only if neither neighbour can continue it: in
+    `3 x 5 + 2 = 17`, `2x + 3 = 7`, `50% + 2 = 3` and `7 / 2 = 3 1/2` nothing is judged, because a part of the text is
+    not read. `!=`, `==` and decimals on the left are not counted either. Only the first MAX_SUMS equals signs are read.
     """
     wrong = total = 0
-    start, equals = 0, text.find("=")
+    equals = text.find("=")
     for _ in range(MAX_SUMS):
         if equals < 0:
             break
-        left = _left_side(text, start, equals)
-        correct = None if left is None else _right_side_equals(text, equals, left)
+        left = _value_before(text, equals)
+        correct = None if left is None else _value_behind_is(text, equals, left)
         total += correct is not None
         wrong += correct is False
-        start, equals = equals + 1, text.find("=", equals + 1)
+        equals = text.find("=", equals + 1)
     return wrong, total
 
 
-def _left_side(text: str, start: int, equals: int) -> Fraction | None:
-    """Value of the longest expression that ends at the equals sign, or None where there is none."""
-    window = text[max(start, equals - SUM_WINDOW) : equals]
-    before = window.rstrip(_ARITHMETIC)
-    run = window[len(before) :].rstrip()
-    if not before and equals - start > SUM_WINDOW:
-        return None  # longer than the window
-    if before[-1:].isalnum() and run[:1] not in tuple(" \t.)"):
-        return None  # the tail of a word, as in x2 + 3
-    run = run.lstrip()
-    if run[:2] in ("- ", "* ", "+ "):
-        if before.rstrip(" \t")[-1:] not in ("", "\n"):
-            return None  # x - 3 + 5: algebra; at the start of a line it is a bullet
-        run = run[2:]
-    run = run.removeprefix("**")  # bold
-    for begin in [m.start() for m in _TERM_START.finditer(run) if _may_begin(run, m.start())][:4]:
-        try:
-            value, numbers = evaluate_expression(run[begin:])
-        except ExpressionError:
-            continue
-        return value if len(numbers) > 1 else None
+def _cell_before(text: str, equals: int) -> str:
+    """The text between the previous equals sign or line break, which is included, and this equals sign, excluded."""
+    low = max(0, equals - SUM_WINDOW)
+    start = max(text.rfind("=", low, equals), text.rfind("\n", low, equals))
+    if start < 0:
+        return ("\n" if low == 0 else "\0") + text[low:equals]  # \0: the cell is longer than the window
+    continues = text[start] == "\n" and re.search(r"[0-9)]\s*[-+*/×÷·−]\s*$", text[max(0, start - 20) : start])
+    return ("\0" if continues else text[start]) + text[start + 1 : equals]
+
+
+def _cell_behind(text: str, equals: int) -> str:
+    """The text behind an equals sign, up to and including the next equals sign or line break."""
+    window = text[equals + 1 : equals + 1 + SUM_WINDOW]
+    match = re.search(r"[=\n]", window)
+    if match:
+        return window[: match.end()]
+    return window + ("\n" if equals + 1 + SUM_WINDOW >= len(text) else "\0")
+
+
+def _plain_notation(cell: str) -> str:
+    if _PLAIN.fullmatch(cell):  # fast
+        return cell
+    cell = _LATEX_COMMA.sub(",", cell.translate(_SIGNS))
+    if "\\" in cell or "&" in cell:
+        for _ in range(3):  # fractions of fractions, from the inside
+            cell = _FRACTIONS.sub(lambda m: f"(({m[1] or m[3]})/({m[2] or m[4]}))", cell)
+        for pattern, plain in _NOTATION:
+            cell = pattern.sub(plain, cell)
+    return _BOLD.sub("", _CURRENCY.sub("", cell))
+
+
+def _value_before(text: str, equals: int) -> Fraction | None:
+    """Value of the expression that ends at the equals sign. None: there is none, or its left end is not clear."""
+    cell = _plain_notation(_cell_before(text, equals))
+    if two := _two_runs(cell + "="):
+        cell = "=" + two[1]
+    elif cell[0] == "\n":
+        cell = _LIST_MARKER.sub("\n", cell, count=1)
+    end = max(piece.end() for piece in _PIECE.finditer(cell) if piece.lastgroup in ("word", "other"))
+    run = cell[end:]
+    opening = _unmatched_opening(run)
+    if opening is not None:  # "(3 + 5 = 8)": the equality stands inside
+        run = run[opening + 1 :]
+    elif not _may_begin(cell[:end], run):
+        return None
+    try:
+        value, numbers = evaluate_expression(run.replace(",", ""))
+    except ExpressionError:
+        return None
+    return value if len(numbers) > 1 else None
+
+
+def _may_begin(before: str, run: str) -> bool:
+    """Whether an expression begins with `run`; False if the text `before` it may belong to it."""
+    neighbour = re.findall(r"[^\W\d_]{2,}$|.$", before, re.DOTALL)[0]  # a word or one character
+    earlier, spaced, sign = before.removesuffix(neighbour), run[:1].isspace(), run.lstrip()[:2]
+    if len(neighbour) > 1:
+        fraction = _FRACTION_IN_LINE.match(run.lstrip())
+        proper = fraction is not None and int(fraction[1]) < int(fraction[2])
+        mixed = proper and neighbour == "and" and earlier.rstrip()[-1:].isdigit()  # 3 and 1/2 + 1
+        return spaced and sign[:1] != "-" and not mixed and not _ARITHMETIC_WORD.fullmatch(neighbour)
+    if sign[:1] == "-" and (sign != sign.strip() or spaced) and neighbour != "=":
+        return False  # "$x$ - 3 + 5"
+    if neighbour in ":!" and (earlier[-1:].isspace() or (neighbour == "!" and earlier[-1:].isdigit())):
+        return False  # 6 : 2 + 1, 3! 5
+    if neighbour in _OPENING_QUOTE:
+        return not earlier or earlier[-1].isspace()  # not f'(3) + 2
+    return neighbour in _BEFORE or (neighbour in _BEFORE_A_SPACE and spaced)
+
+
+def _value_behind_is(text: str, equals: int, left: Fraction) -> bool | None:
+    """Whether the expression right of the equals sign has the value `left`. None: no clear expression stands there."""
+    cell = _plain_notation(_cell_behind(text, equals))
+    if two := _two_runs("=" + cell):
+        cell = two[0] + "="
+    end = next(piece.start() for piece in _PIECE.finditer(cell) if piece.lastgroup in ("word", "other"))
+    run, behind = cell[:end], cell[end:]
+    closing = _unmatched_closing(run)
+    if closing is not None:
+        run, behind = run[:closing], ")"
+    elif behind[:2].isalpha():
+        run = re.sub(r"\s+[-(]\s*$", " ", run)  # "8 - so", "8 (that is"
+    if not _may_end(run, behind):
+        return None
+    number = run.strip().replace(",", "")
+    if re.fullmatch(r"-?[0-9]+\.[0-9]+", number):
+        return abs(Fraction(number) - left) * 2 * 10 ** len(number.partition(".")[2]) <= 1
+    try:
+        return evaluate_expression(number)[0] == left
+    except ExpressionError:
+        return None
+
+
+def _may_end(run: str, behind: str) -> bool:
+    """Whether an expression ends with `run`; False if the text `behind` it may belong to it."""
+    if behind[:2].isalpha():
+        word = re.split(r"[\W\d_]", behind, maxsplit=1)[0]
+        mixed = run.strip().isdigit() and _AND_A_FRACTION.match(behind)
+        return run[-1:].isspace() and not mixed and not _ARITHMETIC_WORD.fullmatch(word)
+    if behind[0] in _BEHIND:
+        return True
+    ratio = behind[0] == ":" and run[-1:].isspace()
+    return behind[0] in _BEHIND_UNLESS_DIGITS and not behind[1:2].isdigit() and behind[:2] != ".." and not ratio
+
+
+def _two_runs(cell: str) -> tuple[str, str] | None:
+    """("8", "8 + 1 =") of "= 8 8 + 1 =": the end of one equality and the begin of the next without a mark between."""
+    match = re.fullmatch(r"=\s*(-?[0-9][0-9,.]*)\s+([0-9][^=]*)=", cell)
+    if match is None or re.match(r"[0-9]{3}(?![0-9])", match[2]) or _FRACTION_IN_LINE.fullmatch(match[2].strip()):
+        return None  # 1 100, 3 1/2
+    return match[1], match[2]
+
+
+def _unmatched_opening(run: str) -> int | None:
+    """Position of the last "(" that is not closed."""
+    depth = 0
+    for position in reversed(range(len(run))):
+        depth += (run[position] == ")") - (run[position] == "(")
+        if depth < 0:
+            return position
     return None
 
 
-def _may_begin(run: str, position: int) -> bool:
-    """Whether an expression may begin here. "1) 3 + 5" has one at 3; the 5 of "3.5 * 2" only begins a fragment."""
-    before = run[:position]
-    return not before[-1:].isdigit() and before[-1:] != "." and before.rstrip()[-1:] not in ("+", "-", "*", "/")
-
-
-def _right_side_equals(text: str, equals: int, left: Fraction) -> bool | None:
-    """Whether what stands right of the equals sign has the value `left`; None where no number stands there."""
-    window = text[equals + 1 : equals + 1 + SUM_WINDOW]
-    after = window.lstrip(_ARITHMETIC)
-    run = window[: len(window) - len(after)].strip(" \t*")
-    if window[: len(window) - len(after)].rstrip()[-1:] in ("+", "*", "/") and after[:1].isalpha():
-        return None  # 4 * x: algebra
-    for candidate in (run.rstrip(" .-("), run.rstrip(" .-()")):  # the second for "(3 + 5 = 8)"
-        try:
-            return evaluate_expression(candidate)[0] == left
-        except ExpressionError:
-            continue
-    match = _LEADING_NUMBER.match(run)  # "3.5", and "8" of "8 3 5"
-    if match is None or run[match.end() :].lstrip()[:1] in ("+", "-", "*", "/"):
-        return None
-    digits = len(match[1] or "")
-    return abs(Fraction(match[0]) - left) * 2 * 10**digits <= (1 if digits else 0)
+def _unmatched_closing(run: str) -> int | None:
+    """Position of the first ")" that was not opened."""
+    depth = 0
+    for position, character in enumerate(run):
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return position
+    return None

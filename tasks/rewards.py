@@ -87,8 +87,9 @@ def answer_block(text: str) -> str | None:
 
 
 def think_block(text: str) -> str:
-    """The thought: what stands before the first `</think>`, all of it where the thought never ends."""
-    return text.partition(THINK_CLOSE)[0].removeprefix(THINK_OPEN)
+    """The thought: the text before the first `</think>`, or all of it if the thought never ends."""
+    start, end = len(THINK_OPEN) if text.startswith(THINK_OPEN) else 0, text.find(THINK_CLOSE)
+    return text[start : end if end >= 0 else None]  # one copy: a response may have a million characters
 
 
 def language_consistency(text: str, script: str) -> float:
