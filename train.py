@@ -93,7 +93,7 @@ def train(config: Config) -> int:
 
         for step in range(first + 1, config.steps + 1):
             log.phase("rollout and update")
-            problems = task.problems("train", config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
+            problems = trainer.problems(config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
             episodes, metrics = trainer.step(MiniBatch.from_problems(problems, tokenizer))
             metrics["memory/peak_gib"] = max(distributed.gather_each(peak_gib(model.device)))
             if is_due(step, config.checksum_every) and not is_sharded(model):
