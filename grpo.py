@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from data_types import Episode, MiniBatch, Reward
+from data_types import Episode, MiniBatch, Problem, Reward
 from math_task import task_from_config
 from model.linear import gradients_in_place
 from model.lora import add_lora, has_lora, trainable
@@ -50,6 +50,7 @@ from rollout.sampling import SamplingParams
 from run.config import Config, load_config, preset_for
 from run.options import LossOptions
 from run.pretrained import load_policy, locate_pretrained
+from tasks.curriculum import Curriculum
 from tasks.task_base import QuestionTask, Task
 from tokenizer import Tokenizer
 from update.guards import Guard, name_culprit, not_finite_answer
@@ -283,6 +284,7 @@ class GRPO:
             model, tokenizer = load_policy(config, locate_pretrained(config.ckpt))
         self.model, self.tokenizer = model, tokenizer
         self.task = task or task_from_config(config)
+        self.curriculum = Curriculum(self.task) if config.curriculum else None
         self.model.model.gradient_checkpointing = config.gradient_checkpointing
         if config.lora_rank and not has_lora(model):
             add_lora(
@@ -312,6 +314,15 @@ class GRPO:
         c = self.config
         return SamplingParams(c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p)
 
+    def problems(self, n: int, start: int, task: Task | None = None) -> list[Problem]:
+        """Training problems `start` to `start + n`: of the curriculum's levels if there is one, else of the task.
+
+        task: None: the training's task. The curriculum belongs to that one.
+        """
+        if self.curriculum and (task is None or task is self.task):
+            return self.curriculum.problems("train", n, start)
+        return (task or self.task).problems("train", n, start)
+
     def step(self, batch: MiniBatch, *, task: Task | None = None, refill: bool = True) -> tuple[list[Episode], Metrics]:
         """One GRPO step: rollout, advantages, `updates_per_rollout` updates. Returns the episodes and the metrics.
 
@@ -323,6 +334,8 @@ class GRPO:
         started = time.perf_counter()
         episodes, dropped = self.rollout(batch, task=task, refill_rounds=c.refill_rounds if refill else 0)
         sampled = time.perf_counter()
+        if self.curriculum:
+            self.curriculum.record(episodes + dropped)  # those of all processes: the levels are the same in each
         episodes = compute_advantages(episodes, estimator=c.advantage_estimator, scale=c.advantage_scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_count, c.lr, c.lr_schedule, c.warmup_steps, c.steps, c.min_lr_ratio)
@@ -339,6 +352,7 @@ class GRPO:
         return episodes, {
             **reward_metrics(episodes, task),
             **metrics,
+            **(self.curriculum.metrics() if self.curriculum else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "num_tokens": response_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
             **rates,
@@ -367,7 +381,7 @@ class GRPO:
                 if not missing:
                     break
                 start = SPARE_PROBLEMS + ((self.step_count - 1) * c.refill_rounds + number - 1) * P
-                batch = MiniBatch.from_problems(task.problems("train", missing, start=start), self.tokenizer)
+                batch = MiniBatch.from_problems(self.problems(missing, start, task), self.tokenizer)
             episodes = rollout(
                 self.model, self.tokenizer, task, batch, sampling or self.sampling,
                 seed=c.seed * 1_000_003 + self.step_count + (number << 48),
@@ -416,18 +430,21 @@ class GRPO:
             )
         return metrics
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """The trainer's own state for the checkpoint, besides weights and optimizer state."""
         refusals = 0 if self.guard.gave_up else self.guard.refusals  # a run that gave up may be resumed
         return {
             "entropy_coef": self.entropy_coef,
             "applied_entropy_coef": self.applied_entropy_coef,
             "refusals": refusals,
+            **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
         self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
+        if self.curriculum:
+            self.curriculum.load_state_dict(state.get("curriculum", {}))
 
     def train_step(self, question: str, answer: str) -> float:
         """One step on a single question. `answer`: a number or a text. Returns the loss."""

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from data_types import Problem
+from tasks.curriculum import arithmetic_levels, countdown_levels
 from tasks.dataset_tasks import Gsm8kTask, MathDataset, MathTask, ReasoningGymTask
 from tasks.expressions import ExpressionError, evaluate_expression, false_sums, plain_number
 from tasks.rewards import REWARD_PRESETS, answer_block, format_reward, soft_overlong_penalty
@@ -117,6 +118,9 @@ class CountdownTask(Task):
 
     def test_problem(self, index: int) -> Problem:
         return self.problem(*self._test[index]) if self.data else self._generate("test", index)
+
+    def levels(self) -> dict[str, Task]:
+        return {} if self.data else countdown_levels(self)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         """Whether the expression uses each number exactly once and equals the target exactly."""
@@ -213,6 +217,9 @@ class ArithmeticTask(QuestionTask):
     def _generate(self, split: Split, index: int) -> Problem:
         row = self.row(split, index)
         return self.problem_from(row["question"], row["answer"])
+
+    def levels(self) -> dict[str, Task]:
+        return arithmetic_levels(self, self._mix)
 
     def row(self, split: Split, index: int) -> Row:
         """Question number `index` with the keys of a math_tasks.jsonl: question, answer, num_terms, num_digits."""

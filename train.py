@@ -119,7 +119,7 @@ def train_in(lock: RunLock, config: Config) -> int:
 
         for step in range(first + 1, config.steps + 1):
             log.phase("rollout and update")
-            problems = task.problems("train", config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
+            problems = trainer.problems(config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
             episodes, metrics = trainer.step(MiniBatch.from_problems(problems, tokenizer))
             broken = None if metrics["update/skipped"] else broken_weight(model)
             metrics["memory/peak_gib"] = max(distributed.gather_each(peak_gib(model.device)))

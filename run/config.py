@@ -84,17 +84,25 @@ def parse_args(argv: list[str]) -> Config:
     files = config_files(argv)
     config = Config()
     for file in files:
-        config = parse_flags(Config, yaml_flags(file, Config), default=config, source=str(file))
+        config = _lay_over(config, yaml_flags(file, Config), source=str(file))
     named, argv = take_flag(argv, "--config")
     if not named and _last(argv, "--resume") not in (None, "auto"):
         config.run_dir = str(files[0].parent)  # not what the file says: the folder may have been moved since
-    config = parse_flags(Config, argv, default=config)
+    config = _lay_over(config, argv)
     if config.resume == "auto" and config.run_dir is None:
         raise ValueError("--resume auto continues what --run-dir holds: name it")
     if config.resume == "latest" and config.run_dir is None:
         config.run_dir = str(resumed_run("latest"))
     validate(config)
     return config
+
+
+def _lay_over(config: Config, flags: list[str], source: str = "command line") -> Config:
+    """`config` with flags over it. A new task without levels ends the curriculum that a lower layer asked for."""
+    new = parse_flags(Config, flags, default=config, source=source)
+    if config.curriculum and config.has_levels and not new.has_levels and "--curriculum" not in flags:
+        new.curriculum = False
+    return new
 
 
 def config_files(argv: list[str]) -> list[Path]:

@@ -96,6 +96,10 @@ class TaskOptions:
     """Arithmetic: how many digits a term may have."""
     operators: str = "+-*"
     """Arithmetic: the operators between the terms, some of + - * /."""
+    curriculum: bool = False
+    """Countdown and arithmetic: draw training problems from the levels that the policy solves sometimes, easy ones
+    first (tasks/curriculum.py). Evaluation stays at the task's own settings. The presets' curriculum is off for other
+    tasks."""
     prompt_style: Literal["full", "short"] = "full"
     """Wording of the prompt: full for instruction-tuned models, short for the bundled model."""
     format_weight: float = 0.1
@@ -115,8 +119,18 @@ class TaskOptions:
     overlong_buffer: NumberOrNone = 0
     """Soft overlong penalty (DAPO): the last so many tokens before the cap cost up to 1. 0: off."""
 
+    @property
+    def has_levels(self) -> bool:
+        """True if --curriculum has levels of the task to draw from."""
+        return self.task == "arithmetic" or (self.task == "countdown" and self.data is None)
+
     def conflicts(self) -> Conflicts:
         return [
+            (
+                self.curriculum and not self.has_levels,
+                f"--curriculum needs a task with levels, countdown without --data or arithmetic; found task {self.task}"
+                f"{' with --data' if self.data else ''}. Take --no-curriculum",
+            ),
             (not self.numbers, "--numbers is empty: expected how many numbers a problem has, such as --numbers 3 4"),
             (not (self.num_terms and self.num_digits), "--num-terms and --num-digits need at least one number each"),
             (

@@ -97,6 +97,10 @@ class Task:
         """The `n` training problems with the longest text, of a task that has all of them at hand; else none."""
         return []
 
+    def levels(self) -> dict[str, Task]:
+        """Easier versions of the task by name, easiest first, up to the task itself. Empty: the task has no levels."""
+        return {}
+
     def prompt(self, problem: Problem) -> list[Message]:
         """The chat messages of a problem. The prompt is these, rendered, and then `problem.response_prefix`."""
         return problem.messages
