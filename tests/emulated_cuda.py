@@ -42,6 +42,7 @@ from emulated_streams import (
     Memory,
     Pool,
     Race,
+    Region,
     Stream,
     Timeline,
     _devices,
@@ -67,6 +68,7 @@ INDEXING = {
     "aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default", "aten._index_put_impl_.default",
     "aten._unsafe_index.Tensor",
 }  # fmt: skip
+ALL_ON_DEVICE = {"aten._fused_adamw_.default"}  # also 0-dim tensors, here the number of the step
 NO_KERNEL = {
     "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default", "aten.empty_strided.default",
     "aten.new_empty_strided.default",
@@ -94,7 +96,8 @@ class EmulatedCuda(TorchDispatchMode):
         self.captured: list[int] = []
         self.faults: list[str] = []  # found where nothing can be raised
         self.raced = False
-        self.host, self.streams = Timeline("the host"), []
+        self.host = Timeline("the host")
+        self.streams: list[Stream] = []
         self.recording: Graph | None = None
         self.blocks: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()  # by storage
         self.pinned_blocks: dict[int, Memory] = {}
@@ -160,7 +163,7 @@ class EmulatedCuda(TorchDispatchMode):
 
     def where(self) -> str:
         """The line of the program that is running: the innermost one that is not the emulation's own."""
-        frame = sys._getframe(1)
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
             if name.startswith(str(ROOT)) and "/emulated_" not in name:
@@ -168,22 +171,17 @@ class EmulatedCuda(TorchDispatchMode):
             frame = frame.f_back
         return "?"
 
-    def access(self, who: Timeline, reads: list[Memory], writes: list[Memory]) -> None:
+    def access(self, who: Timeline, reads: list[Region], writes: list[Region]) -> None:
         where = self.where()
-        if self.faults:
-            self._raise_faults()
-        if self.recording is not None:
-            for memory in (*reads, *writes):
-                self.recording.touch(memory, memory in writes, where)
-            return
-        for memory in reads:
-            if memory.graph is not None and memory.graph.pool.replayed is not memory.graph:
+        self._raise_faults()
+        for region, writing in [*((r, False) for r in reads), *((r, True) for r in writes)]:
+            graph = region.memory.graph
+            if self.recording is not None:
+                self.recording.touch(region, writing, where)
+            elif graph is not None and graph.is_overwritten and not writing:
                 raise Race(f"{where} reads the result of a recorded graph that another replay has overwritten")
-        if self.check_races:
-            for memory in reads:
-                memory.check(who, where, writes=False)
-            for memory in writes:
-                memory.check(who, where, writes=True)
+            elif self.check_races and region.span[1]:
+                region.memory.check(who, where, region.span, writing)
 
     def block(self, inner: torch.Tensor) -> Memory:
         """The block that a device tensor points into; a new one is counted."""
@@ -205,7 +203,7 @@ class EmulatedCuda(TorchDispatchMode):
 
     def freed(self, memory: Memory) -> None:
         """A block goes back to the allocator, which may give it to the next tensor of its stream at once."""
-        if not memory.counted:
+        if not memory.counted or self not in _devices:
             return
         self.allocated -= memory.nbytes
         for stream, line in memory.still_running(self.host):
@@ -269,12 +267,11 @@ class EmulatedCuda(TorchDispatchMode):
         inner_args, inner_kwargs = unwrap((args, kwargs))
         with unobserved():
             result = call(*inner_args, **inner_kwargs)
-        if written and not isinstance(result, (list, tuple)):  # in place: the very tensor that was given
-            given_back = None if result is None else _written(func, args, kwargs)[0]
-            self._account(name, call, inner_args, inner_kwargs, result, written, on_device)
-            return given_back
+        on_gpu = tree_map(to_device, result)  # from here on these tensors keep their blocks alive
         self._account(name, call, inner_args, inner_kwargs, result, written, on_device)
-        return tree_map(to_device, result)
+        if written and not isinstance(result, (list, tuple)):  # in place: the very tensor that was given
+            return None if result is None else _written(func, args, kwargs)[0]
+        return on_gpu
 
     def _account(self, name, call, args, kwargs, result, written, on_device):
         """Count an operator that has run, order it behind earlier ones, and note it if a graph is recorded."""
@@ -283,31 +280,37 @@ class EmulatedCuda(TorchDispatchMode):
         # By memory and not by name: in inference mode `to`, `reshape` and the like may copy or not.
         is_view = bool(tensors) and not written and all(x.untyped_storage()._cdata in given for x in tensors)
         if not is_view:
-            blocks = [self.block(x) for x in tensors]
             if name not in NO_KERNEL:
                 self.launches += 1
                 self.kernels[name.removeprefix("aten.")] += 1
                 self.launch(self.current)
-                changed = [self.block(x) for x in written] + [b for b in blocks if b.key not in given]
-                self.access(self.current, [x.memory for x in on_device if x.memory not in changed], changed)
+                new = [x for x in tensors if x.untyped_storage()._cdata not in given]
+                changed = [Region.of(self.block(x), x) for x in (*written, *new)]
+                self.access(self.current, [Region.of(x.memory, x.host) for x in on_device], changed)
             if self.recording is not None:
                 self.recording.tape.append((call, args, kwargs, tensors, bool(written)))
 
     def _run_on_host(self, func, args, kwargs, flat):
         if kwargs.get("pin_memory"):
             return self.pin(func(*args, **{**kwargs, "pin_memory": False}))
+        result = func(*args, **kwargs)
         if self.pinned_blocks:
-            written = [self.pinned_block(x) for x in _written(func, args, kwargs)]
-            touched = [self.pinned_block(x) for x in flat]
-            if any(touched):
+            reads, writes = (self._pinned_regions(x) for x in (flat, _written(func, args, kwargs)))
+            results = tensors_in(result)
+            is_view = results and not writes and len(self._pinned_regions(results)) == len(results)
+            if (reads or writes) and not is_view:
                 self.host.tick()
-                self.access(self.host, [b for b in touched if b and b not in written], [b for b in written if b])
-        return func(*args, **kwargs)
+                self.access(self.host, reads, writes)
+        return result
+
+    def _pinned_regions(self, tensors: list[torch.Tensor]) -> list[Region]:
+        found = ((self.pinned_block(x), x) for x in tensors)
+        return [Region.of(block, x) for block, x in found if block is not None]
 
     def _check_devices(self, name, args, kwargs, on_host):
         """CUDA's rules for tensors of different devices; raises RuntimeError."""
         in_backward = torch._C._current_graph_task_id() != -1
-        odd = [x for x in on_host if x.dim() > 0]
+        odd = [x for x in on_host if x.dim() > 0 or name in ALL_ON_DEVICE]
         if in_backward and odd and not any(bool(x.any()) for x in odd):
             # A gradient that nobody sent: autograd made zeros, on the device that it takes the tensor for.
             args, kwargs = tree_map(lambda x: to_device(x) if any(x is o for o in odd) else x, (args, kwargs))
@@ -338,7 +341,8 @@ class EmulatedCuda(TorchDispatchMode):
             self.forbid_in_capture("a copy from or to memory that is not pinned")
         self.launches += 1
         self.launch(self.current)
-        self.access(self.current, [b for b in blocks[1:] if b], [b for b in blocks[:1] if b])
+        regions = [Region.of(b, unwrap(x)) if b else None for b, x in zip(blocks, (target, source), strict=True)]
+        self.access(self.current, [r for r in regions[1:] if r], [r for r in regions[:1] if r])
         if self.recording is not None:
             self.recording.keep_numbers([inner_target])
             self.recording.tape.append((func, (inner_target, inner_source), {}, [inner_target], True))

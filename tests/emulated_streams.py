@@ -12,9 +12,10 @@ with `check_races=False` a missing wait shows up as wrong numbers.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -55,47 +56,79 @@ class Timeline:
         return self.known.get(other, -1) >= time
 
 
+Marks = dict["Timeline", tuple[int, str]]  # of each timeline the last access: (its time, its line)
+MOST_SPANS = 64  # of one block; more are taken for one, so that accesses to different parts look like one access
+
+
 class Memory:
-    """A block of memory and the last accesses to it. It lives as long as a tensor of the program points into it."""
+    """A block of memory and the accesses that later ones must come after.
+
+    It lives as long as a tensor of the program points into it.
+    """
 
     def __init__(self, device: EmulatedCuda, nbytes: int, storage: torch.UntypedStorage | None, stream: Stream):
         self.device, self.nbytes, self.storage, self.stream = device, nbytes, storage, stream
         self.key = storage._cdata if storage is not None else None
-        self.counted = False
-        self.written: tuple[Timeline, int, str] | None = None
-        self.read: dict[Timeline, tuple[int, str]] = {}
+        self.spans: dict[tuple[int, int], tuple[Marks, Marks]] = {}  # first and last byte -> (writes, reads)
         self.recorded: set[Timeline] = set()  # streams named by `Tensor.record_stream`
         self.graph: Graph | None = None  # the graph whose replay writes this block
+        self.counted = False
 
-    def check(self, who: Timeline, where: str, writes: bool) -> None:
-        """Note an access. Raises Race if an earlier access may still be running."""
-        if self.written is not None and not who.has_seen(*self.written[:2]):
-            stream, _, line = self.written
-            self.device.raced = True
-            raise Race(f"{where} on {who.name}: this memory is written on {stream.name} at {line}, without a wait")
-        if not writes:
-            self.read[who] = (who.now, where)
-            return
-        for stream, (time, line) in self.read.items():
+    def check(self, who: Timeline, where: str, span: tuple[int, int], writes: bool) -> None:
+        """Note an access to some bytes. Raises Race if an earlier access to them may still be running."""
+        for other, (written, read) in list(self.spans.items()):
+            if other[1] <= span[0] or span[1] <= other[0]:
+                continue
+            self._compare(who, where, written, "written")
+            if writes:
+                self._compare(who, where, read, "read")
+                if span[0] <= other[0] and other[1] <= span[1]:
+                    del self.spans[other]  # later accesses come after this one
+        if len(self.spans) > MOST_SPANS:
+            self._join()
+            span = next(iter(self.spans))
+        self.spans.setdefault(span, ({}, {}))[0 if writes else 1][who] = (who.now, where)
+
+    def _compare(self, who: Timeline, where: str, marks: Marks, done: str) -> None:
+        for stream, (time, line) in marks.items():
             if not who.has_seen(stream, time):
                 self.device.raced = True
-                raise Race(f"{where} on {who.name}: this memory is still read on {stream.name} at {line}")
-        self.written, self.read = (who, who.now, where), {}
+                raise Race(f"{where} on {who.name}: this memory is {done} on {stream.name} at {line}, without a wait")
+
+    def _join(self) -> None:
+        joined: tuple[Marks, Marks] = ({}, {})
+        for marks in self.spans.values():
+            for all_marks, some in zip(joined, marks, strict=True):
+                for stream, mark in some.items():
+                    all_marks[stream] = max(mark, all_marks.get(stream, mark))
+        self.spans = {(0, self.nbytes): joined}
 
     def still_running(self, host: Timeline) -> list[tuple[Timeline, str]]:
         """Accesses that may go on after the block has been given to another tensor, and are not recorded."""
-        uses = [(stream, time, line) for stream, (time, line) in self.read.items()]
-        if self.written is not None:
-            uses.append(self.written)
-        certain = (self.stream, host)
         return [
             (stream, line)
-            for stream, time, line in uses
-            if stream not in self.recorded and not any(timeline.has_seen(stream, time) for timeline in certain)
+            for marks in itertools.chain.from_iterable(self.spans.values())
+            for stream, (time, line) in marks.items()
+            if stream not in self.recorded and not any(known.has_seen(stream, time) for known in (self.stream, host))
         ]
 
     def __del__(self) -> None:
         self.device.freed(self)
+
+
+class Region(NamedTuple):
+    """The bytes of a block that a tensor covers."""
+
+    memory: Memory
+    span: tuple[int, int]
+
+    @classmethod
+    def of(cls, memory: Memory, x: torch.Tensor) -> Region:
+        if not x.numel():
+            return cls(memory, (0, 0))
+        first = int(x.storage_offset())
+        last = first + sum(int((size - 1) * stride) for size, stride in zip(x.shape, x.stride(), strict=True))
+        return cls(memory, (first * x.itemsize, (last + 1) * x.itemsize))
 
 
 class Stream(Timeline):
@@ -171,15 +204,16 @@ class Graph:
     def __init__(self, keep_graph: bool = False):
         self.tape: list[tuple[Callable, tuple, dict, list[torch.Tensor], bool]] = []
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # storage -> (all of it, its numbers before)
-        self.outside: dict[int, tuple[weakref.ref[Memory], bool, str]] = {}  # blocks of others: (block, written, where)
+        self.outside: dict[tuple, tuple[weakref.ref[Memory], bool, str]] = {}  # memory of others that is touched
         self.pool: Pool | None = None
         self.finished = False
 
-    def touch(self, memory: Memory, writes: bool, where: str) -> None:
-        if memory.graph is self:
+    def touch(self, region: Region, writes: bool, where: str) -> None:
+        if region.memory.graph is self:
             return
-        _, written, first = self.outside.get(id(memory), (None, False, where))
-        self.outside[id(memory)] = (weakref.ref(memory), written or writes, first)
+        key = (id(region.memory), region.span)
+        _, written, first = self.outside.get(key, (None, False, where))
+        self.outside[key] = (weakref.ref(region.memory), written or writes, first)
 
     def keep_numbers(self, tensors: Iterable[torch.Tensor]) -> None:
         """Remember what stands in memory that an operation is about to change."""
@@ -189,6 +223,10 @@ class Graph:
                 with unobserved():
                     whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
                     self.before[storage._cdata] = (whole, whole.clone())
+
+    @property
+    def is_overwritten(self) -> bool:
+        return self.pool is None or self.pool.replayed is not self
 
     def undo(self) -> None:
         for whole, numbers in self.before.values():
@@ -201,11 +239,11 @@ class Graph:
         if not self.finished:
             raise CaptureError("the graph was never recorded")
         device.launch(device.current)
-        for reference, writes, where in self.outside.values():
+        for (_, span), (reference, writes, where) in self.outside.items():
             memory = reference()
             if memory is None:
                 raise CaptureError(f"a replay reads memory that was freed since the recording, used at {where}")
-            memory.check(device.current, f"replay of {where}", writes)
+            memory.check(device.current, f"replay of {where}", span, writes)
         if self.pool is not None:
             self.pool.replayed = self
         device.replays += 1

@@ -15,9 +15,9 @@ CUDA = torch.device("cuda", 0)
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor of the emulated device: `inner` holds the numbers, `memory` the accesses and the size."""
+    """A tensor of the emulated device: `host` holds the numbers, `memory` the accesses and the size."""
 
-    inner: torch.Tensor
+    host: torch.Tensor
     memory: Memory
 
     @staticmethod
@@ -27,10 +27,10 @@ class CudaTensor(torch.Tensor):
                 cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
                 layout=inner.layout, device=inner.device, requires_grad=False,
             )  # fmt: skip
-        out.inner, out.memory = inner, memory
+        out.host, out.memory = inner, memory
         return out
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
@@ -38,10 +38,20 @@ class CudaTensor(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"CudaTensor({tuple(self.shape)}, {self.dtype})"
 
-    def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+    @property
+    def grad(self) -> torch.Tensor | None:
+        return torch.Tensor.grad.__get__(self)  # type: ignore[union-attr]
 
-    def record_stream(self, stream: Stream) -> None:
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if value is not None and not isinstance(value, CudaTensor):
+            raise RuntimeError("assigned grad has data located on a different device")
+        torch.Tensor.grad.__set__(self, value)  # type: ignore[union-attr]
+
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
+
+    def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
         self.memory.recorded.add(stream)
 
     @classmethod
@@ -65,7 +75,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def unwrap(tree: Any) -> Any:
-    return tree_map(lambda x: x.inner if isinstance(x, CudaTensor) else x, tree)
+    return tree_map(lambda x: x.host if isinstance(x, CudaTensor) else x, tree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
