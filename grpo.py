@@ -295,7 +295,7 @@ class GRPO:
         AdamW = ShardedAdamW if is_sharded(model) else MemoryEfficientAdamW
         self.optimizer = optimizer or AdamW(
             trainable(model), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
-            enabled=config.cpu_optimizer,
+            place="host" if config.cpu_optimizer else "device",
         )  # fmt: skip
         if reference is None and config.needs_reference:
             # The reference is the original checkpoint, even if training resumes from a later one. With LoRA, the base

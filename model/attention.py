@@ -1,20 +1,21 @@
-"""Who may look at whom: the one place where tokens meet.
+"""Attention strategies: eager, packed, prefill, cached.
 
-The model runs on flat token rows [N, D] and is handed one of the strategies below, a callable
+Attention is the only layer in which tokens read other tokens. The model runs on flat token rows [N, D] and takes one of
+the strategies below, a callable
 
     attend(layer, q_NHK, k_NGK, v_NGK) -> o_NHK
 
-so that one forward pass serves training, prefill and decoding. A `Layout` (layout.py) says which rows form a
-sequence and which earlier rows (the shared prompt of a GRPO group) stand before it.
+so that training, prefill and decoding share one forward pass. A `Layout` (layout.py) lists the sequences in the rows,
+and the earlier rows before each of them (the shared prompt of a GRPO group).
 
-    EagerAttention     softmax(q k^T / sqrt(K) + mask) v, written out; can record its weights. The slow twin of the rest
+    EagerAttention     softmax(q k^T / sqrt(K) + mask) v, written out; the reference implementation; records weights
     PackedAttention    training: causal sequences, each behind its (shared) prefix, without padding
     PrefillAttention   the same over prompts, and keeps their keys and values
     KVCache.attend     textbook decoding: every row owns its keys and values; chunks of any size
     GroupCache.attend  rollouts (group_cache.py): a group reads its prompt's keys once
 
-Departure from the textbook: a response never meets a mask. Its attention over the prompt (everything visible) and over
-itself (causal) are computed apart and merged by their log-sum-exp, which is exact (flash_cpu.py).
+Departure from the textbook: a response has no mask on the CPU. Its attention over the prompt (all of it is visible) and
+over itself (causal) are computed apart and merged by their log-sum-exp, which is exact (flash_cpu.py).
 
 Shape letters: N flat tokens, B rows of a batch, T time, S keys, H query heads, G key-value heads, R = H / G,
 K head size.
@@ -23,14 +24,16 @@ K head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.flash_cpu import flash_attention, prefix_spans, rectangles
 from model.layout import Layout
+from model.torch_private import efficient_varlen
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -38,8 +41,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class EagerAttention:
     """Attention as in the paper (Vaswani et al. 2017, eq. 1), fp32 softmax, quadratic memory.
 
-    With `record=True` the weights of each layer are kept in `weights[layer]`, [H, N, N]. What stands in `on_weights`
-    is applied to them first (trace.py).
+    With `record=True` the weights of each layer are kept in `weights[layer]`, [H, N, N]. The functions in `on_weights`
+    change them first (study/activations.py).
     """
 
     def __init__(self, mask: Tensor, record: bool = False):
@@ -53,8 +56,8 @@ class EagerAttention:
         scores = torch.einsum("ihk,jhk->hij", q.float(), k.float()) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~self.mask, -torch.inf).softmax(dim=-1)
         weights = weights.masked_fill(~self.mask.any(dim=-1, keepdim=True), 0.0)  # a row that sees nothing: 0, not NaN
-        for look in self.on_weights:
-            weights = look(weights)
+        for change in self.on_weights:
+            weights = change(weights)
         if self.record:
             self.weights[layer] = weights.detach()
         return torch.einsum("hij,jhk->ihk", weights, v.float()).to(q.dtype)
@@ -63,79 +66,95 @@ class EagerAttention:
 class PackedAttention:
     """Causal attention of a `Layout` through fused kernels; differentiable.
 
-    On the CPU: torch's flash kernel, once for the causal part of sequences of similar length and once for what each
-    group sees of its prompt. On CUDA in 16 bits: one variable-length call a layer. Elsewhere, and in fp32 on CUDA:
-    scaled_dot_product_attention a run. On CUDA the kernel is named, and one that is not there is an error: torch's own
-    choice would fall back to products that hold every score.
+    On the CPU: torch's flash kernel, once for the causal part of sequences of similar length and once for the prompts
+    that groups see. On CUDA: one call for all sequences, by flash attention if the card and the dtype have it, else by
+    the memory-efficient kernel. Elsewhere, and in fp64: one call of scaled_dot_product_attention for each sequence.
+
+    On CUDA the kernel is named, and a missing one is an error. torch's own choice would fall back to products that
+    hold every score.
     """
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        self.rectangles = rectangles([r for r in layout.runs if r.length])
-        self.prefixes = prefix_spans(layout.runs)
-        self._index: dict[torch.device, tuple] = {}
+        self._packed: dict[torch.device, _Packed] = {}
+
+    @cached_property
+    def _parts(self) -> tuple[list, list]:
+        return rectangles([run for run in self.layout.runs if run.length]), prefix_spans(self.layout.runs)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu" and q.dtype != torch.float64:
-            return flash_attention(q, k, v, self.rectangles, self.prefixes)
-        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-            return self._varlen(q, k, v)
+            return flash_attention(q, k, v, *self._parts)
+        if q.device.type == "cuda" and q.dtype != torch.float64 and len(q):
+            return self._variable_lengths(q, k, v)
         return attend_each_run(self.layout, q, k, v)
 
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One call for all runs: keys are gathered as [prefix, own]; the causal mask is aligned at the bottom right."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        if q.device not in self._index:
-            check_varlen(q.shape[2], torch.cuda.get_device_capability(q.device))
-            self._index[q.device] = _varlen_index(self.layout, q.device)
-        rows, cu_q, cu_k, max_q, max_k = self._index[q.device]
+    def _variable_lengths(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keys are gathered as [prefix, own], so a causal mask that is aligned at the bottom right is the right one."""
+        if q.device not in self._packed:
+            self._packed[q.device] = _pack(self.layout, q.device)
+        rows, cu_q, cu_k, max_q, max_k = self._packed[q.device]
         group = q.shape[1] // k.shape[1]
         k, v = (x[rows].repeat_interleave(group, dim=1) for x in (k, v))  # torch 2.11 has no enable_gqa there
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+        if has_flash(q.dtype, q.shape[2], torch.cuda.get_device_capability(q.device)):
+            from torch.nn.attention.varlen import varlen_attn  # imports the compiler: 3 s that only this path needs
+
+            out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+            assert isinstance(out, Tensor)  # a pair only if auxiliary results are asked for
+            return out
+        return efficient_varlen(q, k, v, cu_q, cu_k, max_q, max_k)
 
 
 def attend_each_run(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The obvious way on any device: one scaled_dot_product_attention a run, with a mask. The slow twin."""
-    out = []
+    """The reference implementation on any device: one scaled_dot_product_attention with a mask for each sequence."""
+    out = [q[:0]]
     for run in layout.runs:
+        if not run.length:  # a response of one token: it predicts nothing, and fused kernels refuse it
+            continue
         mask = torch.ones(run.length, run.prefix_length + run.length, dtype=torch.bool, device=q.device)
         keys, values = (torch.cat([x[run.prefix_rows], x[run.rows]]) for x in (k, v))
-        out.append(_sdpa(q[run.rows], keys, values, mask.tril(run.prefix_length)))
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[run.rows], keys, values))  # [T, H, K] -> [1, H, T, K]
+        o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask.tril(run.prefix_length), enable_gqa=True)
+        out.append(o[0].transpose(0, 1))
     return torch.cat(out)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """[T, H, K], [S, G, K], [S, G, K], [T, S] -> [T, H, K]"""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    if q.device.type != "cuda" or q.dtype == torch.float64:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], enable_gqa=True)[0].transpose(0, 1)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # that kernel knows no shared heads
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None])[0].transpose(0, 1)
+def has_flash(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -> bool:
+    """True if variable-length flash attention runs on a CUDA card (flash_api.cpp, mha_varlen_fwd)."""
+    sixteen_bits = dtype in (torch.float16, torch.bfloat16)
+    return sixteen_bits and capability >= (8, 0) and head_size % 8 == 0 and head_size <= 256
 
 
-def check_varlen(head_size: int, capability: tuple[int, int]) -> None:
-    """Raise ValueError where torch's variable-length attention cannot run, with what to do instead."""
-    if capability < (8, 0):
+def check_cuda_attention(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -> None:
+    """Raise ValueError if no attention kernel of a CUDA card takes this dtype or head size, and say what to do."""
+    card = f"this GPU has compute capability {capability[0]}.{capability[1]}"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        raise ValueError(f"{card}, and bf16 attention begins with 8.0 (A100, RTX 30); use --dtype fp16 or fp32")
+    # kernel_forward.h, kMinimumAlignment: elements that a head's start is a multiple of.
+    multiple = 1 if dtype == torch.float32 and capability < (8, 0) else 4
+    if head_size % multiple:
         raise ValueError(
-            f"this GPU has compute capability {capability[0]}.{capability[1]}, and training in 16 bits needs flash "
-            "attention, which begins with 8.0 (A100, RTX 30); train with --dtype fp32"
-        )
-    if head_size % 8 or head_size > 256:
-        raise ValueError(
-            f"attention heads of size {head_size}, and flash attention takes multiples of 8 up to 256; train with "
-            "--dtype fp32"
+            f"attention heads of size {head_size}, but {card}, where kernels take multiples of {multiple}; use "
+            "--device cpu"
         )
 
 
-def _varlen_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Rows of the gathered keys, cumulative lengths of queries and keys, and the longest of each."""
-    runs = layout.runs
-    rows = [torch.arange(s.start, s.stop) for r in runs for s in (r.prefix_rows, r.rows)]
-    len_q, len_k = [r.length for r in runs], [r.prefix_length + r.length for r in runs]
-    cu_q, cu_k = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(torch.int32) for n in (len_q, len_k))
-    return torch.cat(rows).to(device), cu_q.to(device), cu_k.to(device), max(len_q), max(len_k)
+class _Packed(NamedTuple):
+    """A layout as the kernels of variable lengths read it."""
+
+    rows: Tensor  # of the gathered keys and values
+    cu_q: Tensor  # int32 cumulative lengths of the queries
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+def _pack(layout: Layout, device: torch.device) -> _Packed:
+    runs = [run for run in layout.runs if run.length]  # no kernel takes a sequence of length 0
+    rows = [torch.arange(span.start, span.stop) for run in runs for span in (run.prefix_rows, run.rows)]
+    len_q, len_k = [run.length for run in runs], [run.prefix_length + run.length for run in runs]
+    cu_q, cu_k = (F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32) for lengths in (len_q, len_k))
+    return _Packed(torch.cat(rows).to(device), cu_q, cu_k, max(len_q), max(len_k))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

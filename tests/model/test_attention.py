@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 from conftest import make_config, make_model
+from emulated_cuda import EmulatedCuda
 
 from model.attention import (
     EagerAttention,
     KVCache,
     PackedAttention,
     PrefillAttention,
-    _varlen_index,
+    _pack,
     attend_each_run,
-    check_varlen,
+    check_cuda_attention,
+    has_flash,
 )
 from model.flash_cpu import attend_lse, merge_attention
 from model.layout import Layout, Run
@@ -204,8 +206,9 @@ def test_shared_prefix_gives_the_gradients_of_padded_rows(checkpointing):
 def test_the_index_of_the_variable_length_kernel(layout):
     """CHECKLIST 11. What CUDA's kernel is handed, evaluated by its definition: causal, aligned at the bottom right."""
     q, k, v = random_qkv(layout.n_rows)
-    rows, cu_q, cu_k, max_q, max_k = _varlen_index(layout, torch.device("cpu"))
+    rows, cu_q, cu_k, max_q, max_k = _pack(layout, torch.device("cpu"))
     assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (cu_q.diff() > 0).all(), "a sequence without queries"
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert (int(cu_q[-1]), int(cu_k[-1])) == (layout.n_rows, len(rows))
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -222,16 +225,83 @@ def test_the_index_of_the_variable_length_kernel(layout):
 
 
 @pytest.mark.parametrize(
-    ("head_size", "capability", "message"),
-    [(64, (7, 5), "compute capability 7.5"), (12, (9, 0), "size 12"), (512, (9, 0), "size 512")],
+    ("capability", "dtype", "flash"),
+    [
+        ((7, 5), torch.float32, False), ((7, 5), torch.float16, False), ((8, 0), torch.float32, False),
+        ((8, 0), torch.float16, True), ((8, 0), torch.bfloat16, True), ((9, 0), torch.bfloat16, True),
+    ],
+)  # fmt: skip
+def test_attention_on_a_gpu_is_one_call_for_each_layer(layout, capability, dtype, flash):
+    """CHECKLIST 10, CHECKLIST 11. Responses of one token are runs of length 0, which no kernel takes. The output and
+    the gradients are those of the reference, and the number of kernels does not grow with the sequences."""
+    qkv = [x.to(dtype) for x in random_qkv(layout.n_rows)]
+    weights = torch.randn(layout.n_rows, H, K, generator=torch.Generator().manual_seed(5))
+    expected, expected_grads = gradients(EagerAttention(layout.mask()), [x.float() for x in qkv], weights)
+    with EmulatedCuda(capability) as gpu:
+        out, grads = gradients(PackedAttention(layout), [x.to("cuda") for x in qkv], weights.to("cuda"))
+        forward, backward = (
+            ("torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default")
+            if flash
+            else ("_efficient_attention_forward.default", "_efficient_attention_backward.default")
+        )
+        assert (gpu.kernels[forward], gpu.kernels[backward]) == (1, 1)
+        tolerance = {torch.float32: 3e-5, torch.float16: 0.005, torch.bfloat16: 0.04}[dtype]
+        torch.testing.assert_close(out.cpu().float(), expected, atol=tolerance, rtol=tolerance)
+        for gradient, reference in zip(grads, expected_grads, strict=True):
+            scale = reference.abs().max().clamp(min=1)
+            assert (gradient.cpu().float() - reference).abs().max() < tolerance * scale
+
+
+def test_flash_attention_is_taken_where_it_runs():
+    assert has_flash(torch.bfloat16, 64, (8, 0))
+    assert has_flash(torch.float16, 256, (9, 0))
+    for dtype, size, capability in [
+        (torch.float32, 64, (9, 0)), (torch.float16, 64, (7, 5)), (torch.bfloat16, 12, (8, 0)),
+        (torch.bfloat16, 264, (8, 0)),
+    ]:  # fmt: skip
+        assert not has_flash(dtype, size, capability)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability", "message"),
+    [
+        (torch.bfloat16, 64, (7, 5), "compute capability 7.5.*--dtype fp16 or fp32"),
+        (torch.float32, 6, (8, 0), "size 6.*--device cpu"),
+        (torch.float16, 6, (7, 5), "size 6.*--device cpu"),
+    ],
 )
-def test_a_gpu_without_the_training_kernel_is_told_apart(head_size, capability, message):
-    """One line that says what to do; no silent way around it."""
-    check_varlen(128, (8, 0))
+def test_a_gpu_without_a_training_kernel_is_refused(dtype, size, capability, message):
+    """One line that says what to do."""
+    for good in [(torch.bfloat16, 12, (8, 0)), (torch.float16, 512, (7, 5)), (torch.float32, 7, (7, 5))]:
+        check_cuda_attention(*good)
     with pytest.raises(ValueError, match=message) as error:
-        check_varlen(head_size, capability)
-    assert "--dtype fp32" in str(error.value)
+        check_cuda_attention(dtype, size, capability)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_written_out_keeps_its_scores_in_fp32(dtype):
+    """A device without a fused kernel, such as MPS. Large scores: in 16 bits their differences would be lost."""
+    q, k, v = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)) * 4 for n in (3, 9, 9))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    expected, expected_lse = attend_lse(q.double(), k.double(), v.double())
+    out, lse = attend_lse(*(x.to("meta") for x in (q, k, v)))
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    out, lse = attend_lse(*(NotTheCpu(x) for x in (q, k, v)))
+    assert (lse.double() - expected_lse).abs().max() < 1e-4
+    assert (out.double() - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+class NotTheCpu(torch.Tensor):
+    """A host tensor that says it is on a device without fused kernels."""
+
+    @staticmethod
+    def __new__(cls, x):
+        return x.as_subclass(cls)
+
+    @property
+    def device(self):
+        return torch.device("mps")
 
 
 def test_merging_two_halves_is_attention_over_all():
