@@ -1,7 +1,7 @@
 """LoRA from scratch: y = W x + b + alpha / rank * B A dropout(x), W and b frozen (Hu et al. 2021, arXiv 2106.09685).
 
     add_lora(model, rank=16, alpha=32)                    # freezes the model; only A and B have gradients
-    optimizer = MemoryEfficientAdamW(trainable(model))    # its state is that of the adapters alone
+    optimizer = MemoryEfficientAdamW(trainable(model))    # its state covers only the adapters
     with adapters_off(model): ...                         # the original model: a reference policy without extra memory
     save_adapters(model, "adapter")                       # PEFT's format; PeftModel.from_pretrained(base, "adapter")
     load_adapters(model, "adapter")                       # reads adapters that PEFT wrote, too

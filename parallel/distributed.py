@@ -60,7 +60,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes. 1 if this one is alone."""
+    """Number of processes of the run. It is 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -239,7 +239,7 @@ def telling_the_others(work: Callable[[int], T]) -> Callable[[int], T]:
     """
 
     @functools.wraps(work)
-    def told(size: int) -> T:
+    def wrapped(size: int) -> T:
         try:
             return work(size)
         except (RuntimeError, MemoryError) as error:
@@ -248,7 +248,7 @@ def telling_the_others(work: Callable[[int], T]) -> Callable[[int], T]:
                     gather_each(_OutOfMemory())
             raise
 
-    return told
+    return wrapped
 
 
 def in_lockstep(work: Callable[[int], T]) -> Callable[[int], T]:
@@ -257,7 +257,7 @@ def in_lockstep(work: Callable[[int], T]) -> Callable[[int], T]:
     The ranks cannot start again together in the middle of such a pass."""
 
     @functools.wraps(work)
-    def bound(size: int) -> T:
+    def wrapped(size: int) -> T:
         try:
             return work(size)
         except (RuntimeError, MemoryError) as error:
@@ -268,7 +268,7 @@ def in_lockstep(work: Callable[[int], T]) -> Callable[[int], T]:
                 f"set --micro-batch-tokens below {size}, or use more processes"
             ) from error
 
-    return bound
+    return wrapped
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def gradients_of_all_ranks(
 
 
 class WholeState:
-    """Stands in for an optimizer when its state is saved."""
+    """Replaces a sharded optimizer when its state is saved."""
 
     def __init__(self, state: dict[str, Any]):
         self.state_dict = lambda: state

@@ -41,7 +41,7 @@ REMOVED = {"shared_prefix"}  # options of older versions. A config.yaml of an ol
 
 
 class _Capture(io.StringIO):
-    """Captures tyro's output. In UTF-8 its boxes have signs of their own; in ASCII they look like text."""
+    """Captures tyro's output. Its boxes can be told from text only in UTF-8."""
 
     encoding = "utf-8"
 

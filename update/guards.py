@@ -70,8 +70,8 @@ def _own_culprit(
     for micro in step.micro_batches(1):
         if cause := _cause(model, micro, loss_of):
             return f"{cause}; the first such episode is {describe(episodes[micro.numbers[0]], micro.numbers[0])}"
-    where = _list("gradient", gradients) + " is not finite" if gradients else "the loss is not finite"
-    return f"{where}, but every episode alone gives finite numbers: their sum overflowed"
+    found = _list("gradient", gradients) + " is not finite" if gradients else "the loss is not finite"
+    return f"{found}, but every episode alone gives finite numbers: their sum overflowed"
 
 
 def not_finite_answer(episodes: Sequence[Episode]) -> int | None:

@@ -42,7 +42,7 @@ def token_weights(loss_type: str, lengths: Tensor, max_new_tokens: int, keep: Te
     `lengths` [E] are those of the whole step, not of a micro-batch. `keep` [M] is False for tokens that must not count.
     With n_i kept tokens in episode i and N in all (as in TRL 1.16):
       dapo, cispo        1 / N                       (DAPO, arXiv 2503.14476, eq. 8)
-      bnpo               1 / N; TRL's mean over the local batch is the same if the local batch is the step
+      bnpo               1 / N                       (TRL's mean over the local batch, if that is the whole step)
       grpo, gspo, sapo   1 / (E n_i)                 (DeepSeekMath, arXiv 2402.03300, eq. 3)
       dr_grpo            1 / (E max_new_tokens)      (Dr. GRPO, arXiv 2503.20783)
     E counts episodes without a kept token, too. If no token is kept, all weights are 0.
@@ -120,8 +120,9 @@ def policy_loss(
     """The policy loss of every token, [M], before weights. See `token_weights` and `weighted_sum`.
 
     logp, old_logp [M]. advantages [E], one per episode: all its tokens get it. lengths [E]: whole episodes, end to end.
-    keep [M]; None: all tokens. options: those of `PolicyInputs`. Raises ValueError for an unknown loss, wrong shapes
-    and a `delta` inside the clip range, TypeError for an unknown option.
+    keep [M]: None means all tokens. options: those of `PolicyInputs`.
+    Raises ValueError for an unknown loss, wrong shapes and a `delta` inside the clip range, TypeError for an unknown
+    option.
     """
     _check_loss_type(loss_type)
     M, E = logp.numel(), lengths.numel()
@@ -162,7 +163,7 @@ def _clip(ratio: Tensor, x: PolicyInputs) -> PolicyTerms:
 
 
 def cispo(x: PolicyInputs) -> PolicyTerms:
-    """-sg(min(r, epsilon_max)) A log pi, sg: stop gradient. Only the weight is clipped; every token has a gradient.
+    """-sg(min(r, epsilon_max)) A log pi, sg: stop gradient. Only the weight is clipped. Every token has a gradient.
 
     MiniMax-M1 (arXiv 2506.13585, eq. 4) without the lower bound, as in TRL and ScaleRL (arXiv 2510.13786).
     """
@@ -208,7 +209,7 @@ def kl_penalty(
     logp: Tensor, ref_logp: Tensor, estimator: str = "k3", *,
     kl_target: float = 0.0, old_logp: Tensor | None = None, keep: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Divergence term [M] of each token, for samples of the policy; 0 at equal policies (below `kl_target` for `kl`).
+    """Divergence term [M] of each token, for samples of the policy. It is 0 at equal policies.
 
     k1, k2, k3 (Schulman 2020, joschu.net/blog/kl-approx.html) estimate KL(policy || reference). d = ref_logp - logp:
 
@@ -316,7 +317,7 @@ def transport_cost(
     hidden_new: Tensor, hidden_old: Tensor, window: int, regularisation: float = 0.1, iterations: int = 5,
     marginals: tuple[Tensor, Tensor] | None = None, keep: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Entropic transport cost between the last hidden states of one response in two policies, each [T, D]; a scalar.
+    """Entropic transport cost between the last hidden states of one response in two policies, each [T, D]. A scalar.
 
     A pair of tokens costs 1 - cosine. Only tokens at most `window` apart may pair. The sum of plan * cost is divided by
     the number of kept tokens (none kept: 0). `marginals`: positive masses [T] of new and of old tokens, by default 1.
@@ -365,7 +366,7 @@ def transport_penalty(
     hidden_new: Tensor, hidden_old: Tensor, lengths: Tensor,
     keep: Tensor | None = None, ot_target: float = 0.0, **options,
 ) -> Tensor:  # fmt: skip
-    """max(0, OT - ot_target) of each episode, [E], for flat hidden states [M, D]; options are `transport_cost`'s.
+    """max(0, OT - ot_target) of each episode, [E], for flat hidden states [M, D]. Options: those of `transport_cost`.
 
     The loss is its mean over the step's episodes (GRPO-Mini's `ot`).
     """
