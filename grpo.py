@@ -284,7 +284,11 @@ class GRPO:
             model, tokenizer = load_policy(config, locate_pretrained(config.ckpt))
         self.model, self.tokenizer = model, tokenizer
         self.task = task or task_from_config(config)
-        self.curriculum = Curriculum(self.task) if config.curriculum else None
+        levels = config.curriculum
+        if levels and task is not None and not task.levels():  # a preset asks for levels of its own task
+            logger.warning("--curriculum is off: %s has no levels", type(task).__name__)
+            levels = False
+        self.curriculum = Curriculum(self.task) if levels else None
         self.model.model.gradient_checkpointing = config.gradient_checkpointing
         if config.lora_rank and not has_lora(model):
             add_lora(

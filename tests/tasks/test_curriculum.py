@@ -215,6 +215,8 @@ def test_only_the_answer_of_drawn_problems_counts():
     assert (c.responses[0], sum(c.responses)) == (2, 2)
     assert c.metrics() == {"curriculum/level": 1.0, "curriculum/solved_2_numbers_to_10": 0.5}
     before = c.state_dict()
+    c.record([own])  # counted once
+    assert c.state_dict() == before
     c.record([other])  # a step on another task: nothing is counted, and nothing ages
     assert c.state_dict() == before
 
@@ -312,6 +314,16 @@ def test_a_step_on_another_task_leaves_the_curriculum_alone(tokenizer):
     trainer.train_step("What is 1 + 1?", "2")
     assert sum(trainer.curriculum.responses) == 0
     assert trainer.problems(2, 0, task=ArithmeticTask())[0].id.startswith("question")
+
+
+def test_a_task_given_in_python_without_levels_ends_a_presets_curriculum(tokenizer, caplog):
+    class Own(Lettered):
+        def levels(self):
+            return {}
+
+    trainer = trainer_of(tokenizer, task=Own(**TARGET))
+    assert trainer.curriculum is None
+    assert "--curriculum is off: Own has no levels" in caplog.text
 
 
 def test_without_the_option_problems_are_those_of_the_task(tokenizer):
