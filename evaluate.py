@@ -35,6 +35,7 @@ from rollout.sampling import SamplingParams
 from run.config import Config, parse_args
 from run.flags import one_line, take_flag
 from run.pretrained import load_policy, locate_pretrained
+from run.progress import plain
 from run.terminal import complain, run_program, say
 from update.step_metrics import reward_metrics
 
@@ -139,13 +140,13 @@ def table(results: dict[str, dict[str, dict]], title: str) -> Table:
     out = Table(title=title)
     out.add_column("metric")
     for ckpt in results:
-        out.add_column(ckpt, justify="right")
+        out.add_column(plain(ckpt), justify="right")
     for name in next(iter(results.values())):
         cells = []
         for numbers in (result[name] for result in results.values()):
             interval = "" if numbers["low"] is None else f" [{numbers['low']:.3f}, {numbers['high']:.3f}]"
             cells.append(f"{numbers['value']:.3f}{interval}")
-        out.add_row(name, *cells)
+        out.add_row(plain(name), *cells)
     return out
 
 

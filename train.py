@@ -51,7 +51,6 @@ from run.config import Config, config_files, new_run_dir, parse_args
 from run.flags import one_line
 from run.memory_plan import describe, dry_run, peak_gib
 from run.pretrained import load_policy, locate_pretrained
-from run.progress import duration
 from run.run_lock import RunLock
 from run.run_log import NoLog, RunLog, read_metrics
 from run.terminal import log_to_standard_error, run_program, write_now
@@ -133,8 +132,7 @@ def train_in(lock: RunLock, config: Config) -> int:
             log.log_step(step, metrics)
             trainer.guard.watch(step, metrics)
             if step == first + 1:
-                left = duration(metrics["step_time"] * (config.steps - first))
-                log.say(f"a step takes {metrics['step_time']:.1f} s; the run will last about {left}, and evaluations")
+                log.say_duration(metrics["step_time"])
             if broken:
                 saved = False
                 break
@@ -176,6 +174,10 @@ def how_it_ended(
     if stop.requested:
         say(f"stopped by {stop.requested.name} after step {step}; {go_on}")
         return 128 + stop.requested if saved else NOT_SAVED
+    if saved:
+        here = shlex.quote(str(run_dir))
+        say(f"all metrics are in {run_dir / 'summary.txt'}; look at the run with: python report.py {here}")
+        say(f"talk to the model with: python chat.py --ckpt {here}/checkpoints/step-{step:06d}")
     return 0 if saved else NOT_SAVED
 
 

@@ -1,16 +1,14 @@
 """What a person sees of a run: a display redrawn in place on a terminal, a line a step elsewhere, a table at the end.
 
-A response is written by a model, so it may hold anything: terminal escapes, control characters, brackets that a
-markup language would read. `clean` takes the first two out, and text is never handed over as markup.
+A response, a name of a metric or of a checkpoint may hold anything: terminal escapes, control characters, brackets that
+a markup language would read. Such text is printed by `text`, which escapes control characters and is no markup.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import time
-import unicodedata
 from array import array
 from collections import deque
 from itertools import pairwise
@@ -25,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from data_types import Episode
+from run.terminal import printable
 
 Values = dict[str, float | None]
+Ends = tuple[tuple[str, Values], tuple[str, Values]]  # (label, values) of the beginning and of the end of a run
 WINDOW = 10  # steps averaged at either end of a run: a single step's reward is mostly luck
 SAMPLE_LINES = 5  # of each of the two samples in the live display
 # name -> (label, format), in the order shown; the live display and the lines show those that are there
@@ -59,10 +59,15 @@ class Display(Console):
 
 
 class History:
-    """What the displays need of the steps so far; its size does not grow with the run, but for 8 bytes a step."""
+    """The steps so far, as far as the displays need them; 8 bytes a step, and nothing else grows with the run.
 
-    def __init__(self, total_steps: int):
-        self.total_steps = total_steps
+    Args:
+        eval_every: steps between evaluations, 0: only after the last step; None: there are no evaluations.
+    """
+
+    def __init__(self, total_steps: int, eval_every: int | None = None):
+        self.total_steps, self.eval_every = total_steps, eval_every
+        self.evaluation_seconds = 0.0  # of the last evaluation
         self.clear()
 
     def clear(self) -> None:
@@ -72,7 +77,7 @@ class History:
         self.last: deque[tuple[int, Values]] = deque(maxlen=WINDOW)
         self.evaluations: list[tuple[int, Values]] = []  # the first and the newest
         self.rewards = array("d")
-        self._clock: tuple[float, int] | None = None  # when the first step began to count, and which it was
+        self.restart_clock()
 
     def add(self, step: int, values: Values) -> None:
         now = time.monotonic()
@@ -93,13 +98,30 @@ class History:
             self._clock = (now, step) if seconds is None else (now - seconds, step - 1)
 
     def restart_clock(self) -> None:
-        self._clock = None
+        self._clock: tuple[float, int] | None = None  # when the first step began to count, and which it was
+        self._evaluating = 0.0  # seconds of evaluations since then
+
+    def evaluated(self, seconds: float) -> None:
+        """An evaluation took so long. Call it before `add` of its step."""
+        self.evaluation_seconds = seconds
+        if self._clock is not None:
+            self._evaluating += seconds
 
     def seconds_left(self) -> float | None:
-        """Estimate from all steps since the clock began, evaluations and saves included; None before the first."""
+        """Estimate: the mean of all steps since the clock began, saves included, and the evaluations that are still to
+        come. None before the first step."""
         if self._clock is None or self.step <= self._clock[1]:
             return None
-        return (time.monotonic() - self._clock[0]) / (self.step - self._clock[1]) * (self.total_steps - self.step)
+        since, first = self._clock
+        step_seconds = (time.monotonic() - since - self._evaluating) / (self.step - first)
+        return step_seconds * (self.total_steps - self.step) + self.evaluation_seconds * self.evaluations_left()
+
+    def evaluations_left(self) -> int:
+        """Evaluations after later steps: after each multiple of `eval_every`, and after the last step."""
+        step, total, every = self.step, self.total_steps, self.eval_every
+        if every is None or step >= total:
+            return 0
+        return 1 if every == 0 else total // every - step // every + (total % every != 0)
 
 
 class PlainProgress:
@@ -124,7 +146,7 @@ class PlainProgress:
         ]
         for line in (words, evaluation):
             if line:
-                print(" | ".join([head, *line]), flush=True)
+                print(printable(" | ".join([head, *line]), keep=""), flush=True)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -168,7 +190,7 @@ class LiveProgress:
         if self._samples and room > 0:
             parts.append(Rule("samples", style="dim"))
             parts += [line for e in self._samples for line in sample_text(e).wrap(console, inside.max_width)[:room]]
-        title = Text(self.title, overflow="ellipsis", no_wrap=True)
+        title = Text(printable(self.title, keep=""), overflow="ellipsis", no_wrap=True)
         yield Panel(Group(*parts), title=title, box=box.ROUNDED)
 
     def _head(self) -> RenderableType:
@@ -193,45 +215,94 @@ class LiveProgress:
 
     def _evaluation(self) -> RenderableType:
         (first_step, first), (last_step, last) = self.history.evaluations[0], self.history.evaluations[-1]
-        text = Text.assemble((f"evaluation, step {first_step} -> {last_step}:", "dim"), overflow="ellipsis")
-        for name in [name for name in last if first.get(name) is not None and last[name] is not None][:4]:
-            text.append(f"  {name.removeprefix('eval_')} {first[name]:.3g} -> {last[name]:.3g}", style="bold")
-        return text
+        steps = f"step {first_step}" if first_step == last_step else f"step {first_step} -> {last_step}"
+        line = Text.assemble((f"evaluation, {steps}:", "dim"), overflow="ellipsis")
+        pairs = [(name, first.get(name), last[name]) for name in last]
+        for name, a, b in [(name, a, b) for name, a, b in pairs if a is not None and b is not None][:4]:
+            change = f"{a:.3g}" if first_step == last_step else f"{a:.3g} -> {b:.3g}"
+            line.append(f"  {printable(name.removeprefix('eval_'), keep='')} {change}", style="bold")
+        return line
 
 
 def sample_text(episode: Episode) -> Text:
     """A response on one line, behind its reward and the end of the problem's last sentence."""
-    text = Text(f"reward {episode.reward:.2f}  ", style="green" if episode.advantage > 0 else "yellow")
+    line = Text(f"reward {episode.reward:.2f}  ", style="green" if episode.advantage > 0 else "yellow")
     if episode.truncated:
-        text.append("cut  ", style="red")
+        line.append("cut  ", style="red")
     if episode.problem:
-        prompt = " ".join(clean(episode.problem.messages[-1]["content"]).split())
-        text.append((prompt if len(prompt) <= 50 else "..." + prompt[-47:]) + "  ", style="dim")
-    return text.append(" ".join(clean(episode.text[:1000]).split()), style="default")
+        prompt = " ".join(printable(episode.problem.messages[-1]["content"]).split())
+        line.append((prompt if len(prompt) <= 50 else "..." + prompt[-47:]) + "  ", style="dim")
+    return line.append(" ".join(printable(episode.text[:1000]).split()), style="default")
+
+
+def plain(text: str) -> Text:
+    """A name or a response for a table or a display: no markup, control characters escaped, on one line."""
+    return Text(printable(text, keep=""))
+
+
+def result_lines(history: History) -> list[str]:
+    """The result of a run in a few lines: `solved, sampled: 24 % -> 63 % (step 0 -> step 100)`.
+
+    Evaluations first; the means of the first and last steps if there were not two evaluations to compare.
+    """
+    evaluated, trained = _evaluation_ends(history), _training_ends(history)
+    lines = [_result(evaluated, "eval_", "sampled"), _result(evaluated, "eval_greedy_", "greedy")]
+    if evaluated is None or evaluated[0] == evaluated[1]:
+        lines.append(_result(trained, "", "in training"))
+    return [line for line in lines if line]
+
+
+def _result(ends: Ends | None, prefix: str, how: str) -> str | None:
+    """One of these lines: the share of solved problems if the reward has a part `answer`, else the reward."""
+    if ends is None:
+        return None
+    (first_label, first), (last_label, last) = ends
+    has_answer = f"{prefix}answer" in first or (not prefix and "rewards/answer/mean" in first)
+    name = "solved" if has_answer and f"{prefix}solved" in first else "reward"
+    a, b = first.get(prefix + name), last.get(prefix + name)
+    if a is None or b is None:
+        return None
+    shown = [f"{100 * value:.0f} %" if name == "solved" else f"{value:.3f}" for value in (a, b)]
+    if first_label == last_label:
+        return f"{name}, {how}: {shown[0]} ({first_label})"
+    return f"{name}, {how}: {' -> '.join(shown)} ({first_label} -> {last_label})"
 
 
 def summary_table(history: History) -> Table:
-    """Metric, first, last, change: evaluations as they are, training metrics as means of WINDOW steps."""
+    """Metric, first, last, change: evaluations as they are, training metrics as means of WINDOW steps. Of a single
+    evaluation, or a single step, the value only."""
+    sections = [ends for ends in (_evaluation_ends(history), _training_ends(history)) if ends]
+    columns = ("first", "last", "change") if any(a != b for a, b in sections) else ("value",)
     table = Table(box=box.SIMPLE_HEAD, title="Summary")
     table.add_column("metric", overflow="fold")
-    for name in ("first", "last", "change"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    sections = []
-    if history.evaluations:
-        (first_step, first), (last_step, last) = history.evaluations[0], history.evaluations[-1]
-        sections.append((f"step {first_step}", f"step {last_step}", first, last))
-    if history.first:
-        window = max(1, min(WINDOW, history.trained // 2))
-        ends = [history.first[:window], list(history.last)[-window:]]
-        sections.append((*map(_span, ends), *map(_means, ends)))
-    for first_label, last_label, first, last in sections:
-        table.add_row("", first_label, last_label, "", style="dim")
+    for (first_label, first), (last_label, last) in sections:
+        both = first_label != last_label
+        table.add_row("", first_label, *[last_label] * both, style="dim")
         for name in [name for name in first if name.startswith("eval_") or _labelled(name, first)]:
-            if first[name] is not None and last.get(name) is not None:
-                a, b = first[name], last[name]
-                table.add_row(name, f"{a:.4g}", f"{b:.4g}", f"{b - a:+.4g}")
+            a, b = first[name], last.get(name)
+            if a is not None and b is not None:
+                table.add_row(plain(name), f"{a:.4g}", *[f"{b:.4g}", f"{b - a:+.4g}"] * both)
         table.add_section()
     return table
+
+
+def _evaluation_ends(history: History) -> Ends | None:
+    """The first and the last evaluation; the same one twice if there was only one."""
+    if not history.evaluations:
+        return None
+    (first_step, first), (last_step, last) = history.evaluations[0], history.evaluations[-1]
+    return (f"step {first_step}", first), (f"step {last_step}", last)
+
+
+def _training_ends(history: History) -> Ends | None:
+    """Means over the first and over the last steps."""
+    if not history.first:
+        return None
+    window = max(1, min(WINDOW, history.trained // 2))
+    first, last = history.first[:window], list(history.last)[-window:]
+    return (_span(first), _means(first)), (_span(last), _means(last))
 
 
 def _span(records: list[tuple[int, Values]]) -> str:
@@ -250,8 +321,8 @@ def _labelled(name: str, values: Values) -> tuple[str, str] | None:
     """A metric as (label, number); None for one that is not there or not shown."""
     value, shown = values.get(name), SHOWN.get(name)
     if shown is None and name.startswith("rewards/") and name.endswith("/mean"):
-        shown = (name.split("/")[1], "{:.3f}")  # the parts of a reward have names of their own
-    return None if value is None or shown is None else (shown[0], shown[1].format(value))
+        shown = (name.removeprefix("rewards/").removesuffix("/mean"), "{:.3f}")  # parts have names of their own
+    return None if value is None or shown is None else (printable(shown[0], keep=""), shown[1].format(value))
 
 
 def duration(seconds: float | None) -> str:
@@ -271,14 +342,3 @@ def sparkline(values: array, width: int) -> str:
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
-
-
-ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(\x07|\x1b\\|$)|.)?|\x9b[0-?]*[ -/]*[@-~]", re.DOTALL)
-
-
-def clean(text: str) -> str:
-    """Text that a terminal can only show: no escape sequences, no controls but newline and tab, no direction marks."""
-    text = ESCAPES.sub("", text)
-    return "".join(
-        c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-    )

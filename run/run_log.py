@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,16 @@ from typing import Any
 from data_types import Episode
 from run.config import Config, save_yaml
 from run.json_lines import JsonLines, is_metrics, read_lines
-from run.progress import Display, History, LiveProgress, PlainProgress, summary_table
+from run.progress import (
+    Display,
+    History,
+    LiveProgress,
+    PlainProgress,
+    duration,
+    plain,
+    result_lines,
+    summary_table,
+)
 from run.terminal import complain, discard, write_error
 
 
@@ -63,7 +73,8 @@ class RunLog:
         self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._complaints: set[str] = set()
-        self.history = History(total_steps)
+        self.history = History(total_steps, config.eval_every if config.eval_problems else None)
+        self._evaluating_since: float | None = None
         self.console = Display()
         if live is None:
             live = self.console.is_terminal and not self.console.is_dumb_terminal
@@ -77,11 +88,20 @@ class RunLog:
         self.close()
 
     def phase(self, name: str) -> None:
-        """Say what the run is doing now ("sampling", "updating", ...); shown by the live display."""
+        """Say what the run is doing now ("rollout and update", "evaluating", ...), for the live display. The time of
+        an evaluation is measured, for the estimate of the time that is left."""
+        self._evaluation_ends()
+        self._evaluating_since = time.monotonic() if name == "evaluating" else None
         self._progress.phase(name)
+
+    def _evaluation_ends(self) -> None:
+        if self._evaluating_since is not None:
+            self.history.evaluated(time.monotonic() - self._evaluating_since)
+            self._evaluating_since = None
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Write and show one step's metrics: name -> number, which may be a 0-d tensor."""
+        self._evaluation_ends()
         values = {name: _number(value) for name, value in metrics.items()}
         if self._try("metrics.jsonl", lambda: self._metrics.append({"step": step, **values})):
             self._try("TensorBoard events", lambda: self._write_events(step, values))
@@ -90,7 +110,12 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for people, beside the display."""
-        self._show(lambda: self.console.print(text, markup=False))
+        self._show(lambda: self.console.print(plain(text)))
+
+    def say_duration(self, step_time: float) -> None:
+        """After the first step: how long the run will last. step_time: seconds."""
+        left = duration(self.history.seconds_left())
+        self.say(f"a step takes {step_time:.1f} s; the run will last about {left}, evaluations included")
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
         """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text.
@@ -132,13 +157,19 @@ class RunLog:
         self.history.restart_clock()
 
     def print_summary(self) -> None:
-        """End the display and print one table: the first evaluation and steps beside the last."""
-        self._progress.close()
-        self._show(lambda: self.console.print(summary_table(self.history)))
+        """End the display, print the result in a few lines, and write summary.txt: all metrics, first beside last."""
+        self._show(self._progress.close)
+        self._try("summary.txt", self._write_summary)
+        for line in result_lines(self.history):
+            self.say(line)
+
+    def _write_summary(self) -> None:
+        with open(self.run_dir / "summary.txt", "w", encoding="utf-8", errors="replace") as file:
+            Display(file=file, width=100).print(summary_table(self.history))
 
     def close(self) -> None:
         """End the display and write out what is still in memory. The log can not be used afterwards."""
-        self._progress.close()
+        self._show(self._progress.close)
         self._close_events()
         self._metrics.close()
         self._samples.close()
@@ -200,6 +231,8 @@ class NoLog:
     def phase(self, name: str) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def say_duration(self, step_time: float) -> None: ...
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None: ...
 

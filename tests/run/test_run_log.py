@@ -9,22 +9,20 @@ import re
 import resource
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from data_types import Episode, Problem
 from run import progress
 from run.config import Config, load_config
-from run.progress import History, LiveProgress, clean, duration, sparkline, summary_table
+from run.progress import History, LiveProgress, duration, result_lines, sparkline, summary_table
 from run.run_log import RunLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]")
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m[bold]text[/bold] [/nope] \u202eevil\u2028\r\n\x00end"
 
 
@@ -206,35 +204,31 @@ def test_the_live_display_fits_the_terminal(width, height):
 
 def test_a_response_cannot_reach_the_terminal_or_the_markup():
     shown = "\n".join(screen(100, 40))
-    assert "[bold]text[/bold] [/nope] evil" in shown
+    assert r"\x1b[2J\x1b]0;owned\x07\x9b31m[bold]text[/bold]" in shown
+    assert "[/nope]" in shown
     assert "Make [bold] 5." in shown
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", shown)
-    assert "owned" not in shown
+    assert not CONTROL.search(shown)
 
 
-@given(st.text() | st.text("\x1b\x9b[]P;m0\x07\\ab\u202e\n\t"))
-def test_clean_leaves_only_what_can_be_shown(text):
-    cleaned = clean(text)
-    assert all(
-        c in "\n\t" or not unicodedata.category(c).startswith("C") or unicodedata.category(c) == "Cn" for c in cleaned
-    )
-    assert clean(cleaned) == cleaned
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain 3 × 5\n\tend", "plain 3 × 5\n\tend"),
-        ("\x1b[1;31mred\x1b[0m", "red"),
-        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x07", "link"),
-        ("\x1bPq#0\x1b\\after", "after"),
-        ("\x9b2Jx\x85y", "xy"),
-        ("a\x1b", "a"),
-        ("a\u200bb\u2066c\ufeff", "abc"),
-    ],
-)
-def test_clean_known_sequences(text, expected):
-    assert clean(text) == expected
+def test_names_cannot_reach_the_terminal_or_the_markup_either(tmp_path, capsys):
+    """Names of metrics come from a task, the title from a checkpoint's name: line, table, result and live display."""
+    name, history = f"rewards/{HOSTILE}/mean", History(total_steps=2)
+    with RunLog(tmp_path / "run", Config(), total_steps=2) as log:
+        log.log_step(1, {name: 0.5, f"eval_{HOSTILE}": 0.5})
+        log.say(f"settings of {HOSTILE}")
+        log.print_summary()
+    for step in (0, 1):
+        history.add(step, {name: 0.5, f"eval_{HOSTILE}": 0.25})
+    console = Console(file=io.StringIO(), width=300, height=40, force_terminal=True, color_system=None)
+    console.print(summary_table(history))
+    display = LiveProgress(history, console, HOSTILE)
+    display.step(1, {name: 0.5})
+    display.close()
+    written = console.file.getvalue().replace("\x1b[?25l", "").replace("\x1b[?25h", "")
+    written = re.sub(r"\x1b\[(\d?[A-K]|\dm)|\r", "", written)  # rich's own: up, clear a line, dim
+    for shown in (capsys.readouterr().out, (tmp_path / "run/summary.txt").read_text(), written):
+        assert all(piece in shown for piece in (r"\x1b[2J", r"\x9b31m[bold]text[/bold]", "[/nope]", r"\u202eevil"))
+        assert not CONTROL.search(shown)
 
 
 def test_on_a_terminal_prints_of_others_stay_and_the_summary_comes_last(tmp_path):
@@ -261,9 +255,11 @@ with RunLog({str(tmp_path / "run")!r}, Config(), total_steps=2) as log:
             break
     os.close(terminal)
     assert child.wait() == 0
-    text = clean(output.decode())
-    positions = [text.index(words) for words in ("an ordinary [bold]print[/bold]", "to standard error", "Summary")]
+    text = output.decode()
+    last = "reward, sampled: 0.100 (step 0)"
+    positions = [text.index(words) for words in ("an ordinary [bold]print[/bold]", "to standard error", last)]
     assert positions == sorted(positions)
+    assert "Summary" in (tmp_path / "run/summary.txt").read_text()
     assert b"\x1b[?25h" in output  # the cursor is back
 
 
@@ -306,6 +302,83 @@ def test_time_left_counts_evaluations_too_and_not_the_time_before_a_resume(monke
     now[0] = 1000.0
     history.add(2, {"reward": 0.1, "step_time": 4.0})
     assert history.seconds_left() == 4 * 9
+
+
+def test_time_left_has_the_evaluations_that_are_to_come(monkeypatch):
+    """A step takes 2 s, an evaluation 7 s: after steps 4, 8 and 10 of 10."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    history, expected = History(total_steps=10, eval_every=4), []
+    history.evaluated(7.0)
+    history.add(0, {"eval_reward": 0.1})
+    for step in range(1, 11):
+        now[0] += 2.0
+        values = {"reward": 0.1, "step_time": 2.0}
+        if step in (4, 8, 10):
+            now[0] += 7.0
+            history.evaluated(7.0)
+            values["eval_reward"] = 0.1
+        history.add(step, values)
+        expected.append(2 * (10 - step) + 7 * sum(s > step for s in (4, 8, 10)))
+        assert history.seconds_left() == pytest.approx(expected[-1])
+    assert expected[0] == 39
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "left"), [(None, 0, 0), (0, 0, 1), (0, 9, 0), (3, 0, 3), (3, 3, 2), (4, 8, 1)]
+)
+def test_evaluations_that_are_to_come(every, step, left):
+    history = History(total_steps=9, eval_every=every)
+    history.step = step
+    assert history.evaluations_left() == left
+
+
+def test_the_log_measures_evaluations(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with RunLog(tmp_path, Config(eval_every=1), total_steps=3) as log:
+        for step, seconds in ((0, 5.0), (1, 8.0)):
+            log.phase("rollout")
+            now[0] += 2.0
+            log.phase("evaluating")
+            now[0] += seconds
+            log.log_step(step, {"eval_reward": 0.5, "step_time": 2.0})
+        log.phase("saving")
+        assert log.history.evaluation_seconds == 8.0
+        assert log.history.seconds_left() == 2 * (2 + 8)
+
+
+def test_the_result_is_told_in_a_line_each():
+    history = History(total_steps=30)
+    assert result_lines(history) == []
+    evaluation = {"eval_reward": 0.3, "eval_answer": 0.2, "eval_solved": 0.24, "eval_greedy_answer": 0.2}
+    history.add(0, evaluation | {"eval_greedy_solved": 0.5})
+    assert result_lines(history) == ["solved, sampled: 24 % (step 0)", "solved, greedy: 50 % (step 0)"]
+    for step in (1, 2):
+        history.add(step, {"reward": step / 4, "rewards/answer/mean": 0.5, "solved": step / 10})
+    assert result_lines(history)[2:] == ["solved, in training: 10 % -> 20 % (step 1 -> step 2)"]
+    history.add(30, evaluation | {"eval_solved": 0.63, "eval_greedy_solved": None})
+    assert result_lines(history) == ["solved, sampled: 24 % -> 63 % (step 0 -> step 30)"]
+    unclear = History(total_steps=9)
+    unclear.add(0, {"eval_reward": 0.1, "eval_solved": 0.0})  # no part says what is right
+    unclear.add(9, {"eval_reward": 0.35, "eval_solved": 0.0})
+    assert result_lines(unclear) == ["reward, sampled: 0.100 -> 0.350 (step 0 -> step 9)"]
+
+
+def test_a_single_evaluation_has_one_column():
+    history = History(total_steps=30)
+    history.add(0, {"eval_reward": 0.25})
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(history))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["metric", "value"] in rows
+    assert ["eval_reward", "0.25"] in rows
+    for step in (1, 2, 3):
+        history.add(step, {"reward": float(step)})
+    console.print(summary_table(history))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert rows.count(["eval_reward", "0.25"]) == 2
+    assert ["reward", "1", "3", "+2"] in rows
 
 
 def test_the_history_does_not_grow_with_the_run():

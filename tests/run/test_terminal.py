@@ -17,10 +17,14 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_train import SMALL, metrics_of, wait_for
 
+import evaluate
+import train
 from run import terminal
 from run.checkpoint import find_checkpoint, verify_checkpoint
 from run.config import Config
@@ -297,6 +301,77 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # --- text
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e"
+
+
+def hostile_key(folder: Path) -> list[object]:
+    (folder / "hostile.yaml").write_text(json.dumps({ESCAPE: 3}))
+    return ["--config", folder / "hostile.yaml"]
+
+
+def hostile_column(folder: Path) -> list[object]:
+    (folder / "rows.jsonl").write_text(json.dumps({ESCAPE: "1", "other": "2"}) + "\n")
+    return ["--task", "jsonl", "--data", folder / "rows.jsonl"]
+
+
+def hostile_tensor(folder: Path) -> list[object]:
+    tensors = load_file(folder / "tiny/model.safetensors")
+    save_file(tensors | {ESCAPE: torch.zeros(1)}, folder / "tiny/model.safetensors")
+    return []
+
+
+def hostile_template(folder: Path) -> list[object]:
+    text = "{{ raise_exception('" + ESCAPE + "') }}"
+    for path in (folder / "tiny").glob("chat_template.jinja"):
+        path.unlink()
+    settings = json.loads((folder / "tiny/tokenizer_config.json").read_text())
+    (folder / "tiny/tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": text}))
+    return []
+
+
+def hostile_model_type(folder: Path) -> list[object]:
+    settings = json.loads((folder / "tiny/config.json").read_text())
+    (folder / "tiny/config.json").write_text(json.dumps(settings | {"model_type": ESCAPE}))
+    return []
+
+
+HOSTILE = [hostile_key, hostile_column, hostile_tensor, hostile_template, hostile_model_type]
+
+
+@pytest.mark.parametrize("program", [train, evaluate])
+@pytest.mark.parametrize("spoil", [*HOSTILE, None], ids=lambda spoil: spoil.__name__ if spoil else "a name")
+def test_text_of_others_reaches_the_terminal_escaped_in_one_line(checkpoint_folder, tmp_path, capfd, program, spoil):
+    """Names of keys, columns and tensors, the message of a template: shown, not obeyed."""
+    words = ["--ckpt", checkpoint_folder if spoil else f"no{ESCAPE}/such/folder/here"]
+    words += [*SMALL, *(spoil(tmp_path) if spoil else [])]
+    words += ["--run-dir", tmp_path / "run"] if program is train else []
+    assert program.main([str(word) for word in words]) == 2
+    out, error = capfd.readouterr()
+    assert "\x1b" not in out + error
+    assert "\u202e" not in out + error
+    assert error.count("\n") == 1
+    assert r"\x1b]0;owned\x07" in error
+
+
+def test_a_warning_and_a_traceback_are_escaped(tmp_path):
+    """Of a program: standard error, whoever writes the text."""
+    program = f"""
+import logging, sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+from run.terminal import log_to_standard_error, run_program
+def main(argv):
+    log_to_standard_error()
+    warnings.warn({ESCAPE + "one"!r})
+    logging.warning({ESCAPE + "two"!r})
+    raise RuntimeError({ESCAPE + "three"!r})
+run_program("x.py", main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "\x1b" not in done.stderr
+    positions = [done.stderr.index(rf"\x1b[2J\u202e{word}") for word in ("one", "two", "three")]
+    assert positions == sorted(positions)
 
 
 @given(st.text() | st.text("\x1b\x9b[]P;m0\x07\\ab\u202e\n\t\ud800"))
