@@ -179,7 +179,8 @@ _ARITHMETIC_WORD = re.compile(
 _BEFORE, _BEFORE_A_SPACE, _OPENING_QUOTE = set("=\n[{<>→⇒—"), set(".,:;?!#"), set("|\"'“‘`")
 _BEHIND, _BEHIND_UNLESS_DIGITS = set("=\n)]}<>|`$→⇒—✓✔✅✗❌?;"), set(".,:\"'”’")
 _TWO_RUNS = re.compile(
-    r"=\s*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:\s+|(?<![^0-9]0),)([0-9(][^=]*[-+*/][^=]*)="
+    r"=\s*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:(,)|\s+)(?=[0-9(])(([0-9]*)[^=]*[-+*/][^=]*=?)",
+    re.DOTALL,
 )
 _AND_A_FRACTION = re.compile(r"and\s+(?:an?\b|one\b|half\b|[0-9]+\s*/\s*[0-9]+\s*(?![\s0-9/*+=-]))")
 
@@ -317,16 +318,22 @@ def _may_end(run: str, behind: str) -> bool:
 def _readings(cell: str, last: bool) -> list[str]:
     """A cell in plain notation, without the equals sign beside it, in all its readings.
 
-    Between two equals signs one equality may end and the next begin: "= 8 8 + 1 =" and "= 21,21+5 =" are two runs, of
-    which the `last` or the first is wanted. "= 100,100-3 =" may be two runs or one number above a thousand.
+    One equality may end and the next begin without a word between them: "= 8 8 + 1 =" and "= 21,21+5 =" are two runs,
+    of which the `last` or the first is wanted. "= 100,100-3 =" may also be a number above a thousand, "= 3,5 * 2" a
+    decimal.
     """
     cell = _plain_notation(cell)
     match = _TWO_RUNS.fullmatch(cell)
-    if match is None or _starts_with_proper_fraction(match[2]):  # 3 1/2
+    if match is None or _starts_with_proper_fraction(match[3]) or not (match[2] or cell.endswith("=")):  # 3 1/2, 1 450
         return [cell[:-1] if last else cell[1:]]
-    whole = f"{match[1]},{match[2]}"
-    runs = ["=" + match[2], "=" + whole] if last else [match[1] + "=", whole + "="]
-    return runs if re.match(r"[0-9]{3}(?![0-9])", match[2]) else runs[:1]
+    head, comma, rest, digits = match.groups()
+    runs = ["=" + rest[:-1] if last else head + "="]
+    if len(digits) == 3:
+        runs.append(f"={head},{rest[:-1]}" if last else f"{head},{rest}")
+    elif comma and digits and head.isdigit():
+        decimal = f"({int(head + digits)}/{10 ** len(digits)}){rest[len(digits) :]}"
+        runs.append("=" + decimal[:-1] if last else decimal)
+    return runs
 
 
 def _starts_with_proper_fraction(text: str) -> bool:
