@@ -21,6 +21,7 @@ judge numbers and sums that a model writes in its own style.
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 
@@ -159,7 +160,7 @@ _NOTATION = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\[)\]]", "]"),  # math ends
 )]  # fmt: skip
 _CURRENCY = re.compile(r"\\?[$€£](?=\s*[-0-9(])")  # also the `$` that begins math
-_PLAIN = re.compile(r"[\w\s\0+*/()=.,:;?!-]*(?<!\*)")
+_PLAIN = re.compile(r"(?:[\w\s\0+/()=.,:;?!-]|\*(?!\*))*")
 _BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])")
 _LIST_MARKER = re.compile(r"\n\s*(?:(?:[-+*•]|\(?[0-9A-Za-z]{1,3}[.)])\s+)*")
 _PIECE = re.compile(
@@ -177,8 +178,11 @@ _ARITHMETIC_WORD = re.compile(
 )
 _BEFORE, _BEFORE_A_SPACE, _OPENING_QUOTE = set("=\n[{<>→⇒—"), set(".,:;?!#"), set("|\"'“‘`")
 _BEHIND, _BEHIND_UNLESS_DIGITS = set("=\n)]}<>|`$→⇒—✓✔✅✗❌?;"), set(".,:\"'”’")
+_TWO_RUNS = re.compile(
+    r"=\s*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:(,)|\s+)(?=[0-9(])(([0-9]*)[^=]*[-+*/][^=]*=?)",
+    re.DOTALL,
+)
 _AND_A_FRACTION = re.compile(r"and\s+(?:an?\b|one\b|half\b|[0-9]+\s*/\s*[0-9]+\s*(?![\s0-9/*+=-]))")
-_FRACTION_IN_LINE = re.compile(r"([0-9]+)\s*/\s*([0-9]+)")
 
 
 def false_sums(text: str) -> tuple[int, int]:
@@ -195,12 +199,22 @@ def false_sums(text: str) -> tuple[int, int]:
     for _ in range(MAX_SUMS):
         if equals < 0:
             break
-        left = _value_before(text, equals)
-        correct = None if left is None else _value_behind_is(text, equals, left)
+        correct = _is_right(_cell_before(text, equals), _cell_behind(text, equals))
         total += correct is not None
         wrong += correct is False
         equals = text.find("=", equals + 1)
     return wrong, total
+
+
+@functools.lru_cache(maxsize=4096)  # responses of a group repeat each other, and reward and diagnostics both ask
+def _is_right(before: str, behind: str) -> bool | None:
+    """Whether the equality between two cells holds in one of its readings; None if one of them is not clear."""
+    lefts = [_value_before(cell) for cell in _readings(before + "=", last=True)]
+    if lefts == [None]:
+        return None
+    rights = _readings("=" + behind, last=False)
+    verdicts = [None if left is None else _value_behind_is(cell, left) for left in lefts for cell in rights]
+    return True if True in verdicts else None if None in verdicts else False
 
 
 def _cell_before(text: str, equals: int) -> str:
@@ -234,12 +248,9 @@ def _plain_notation(cell: str) -> str:
     return _BOLD.sub("", _CURRENCY.sub("", cell))
 
 
-def _value_before(text: str, equals: int) -> Fraction | None:
-    """Value of the expression that ends at the equals sign. None: there is none, or its left end is not clear."""
-    cell = _plain_notation(_cell_before(text, equals))
-    if two := _two_runs(cell + "="):
-        cell = "=" + two[1]
-    elif cell[0] == "\n":
+def _value_before(cell: str) -> Fraction | None:
+    """Value of the expression at the end of a cell. None: there is none, or its left end is not clear."""
+    if cell[0] == "\n":
         cell = _LIST_MARKER.sub("\n", cell, count=1)
     end = max(piece.end() for piece in _PIECE.finditer(cell) if piece.lastgroup in ("word", "other"))
     run = cell[end:]
@@ -260,9 +271,8 @@ def _may_begin(before: str, run: str) -> bool:
     neighbour = re.findall(r"[^\W\d_]{2,}$|.$", before, re.DOTALL)[0]  # a word or one character
     earlier, spaced, sign = before.removesuffix(neighbour), run[:1].isspace(), run.lstrip()[:2]
     if len(neighbour) > 1:
-        fraction = _FRACTION_IN_LINE.match(run.lstrip())
-        proper = fraction is not None and int(fraction[1]) < int(fraction[2])
-        mixed = proper and neighbour == "and" and earlier.rstrip()[-1:].isdigit()  # 3 and 1/2 + 1
+        after_number = neighbour == "and" and earlier.rstrip()[-1:].isdigit()
+        mixed = after_number and _starts_with_proper_fraction(run)  # 3 and 1/2 + 1
         return spaced and sign[:1] != "-" and not mixed and not _ARITHMETIC_WORD.fullmatch(neighbour)
     if sign[:1] == "-" and (sign != sign.strip() or spaced) and neighbour != "=":
         return False  # "$x$ - 3 + 5"
@@ -273,11 +283,8 @@ def _may_begin(before: str, run: str) -> bool:
     return neighbour in _BEFORE or (neighbour in _BEFORE_A_SPACE and spaced)
 
 
-def _value_behind_is(text: str, equals: int, left: Fraction) -> bool | None:
-    """Whether the expression right of the equals sign has the value `left`. None: no clear expression stands there."""
-    cell = _plain_notation(_cell_behind(text, equals))
-    if two := _two_runs("=" + cell):
-        cell = two[0] + "="
+def _value_behind_is(cell: str, left: Fraction) -> bool | None:
+    """Whether the expression at the begin of a cell has the value `left`. None: no clear expression stands there."""
     end = next(piece.start() for piece in _PIECE.finditer(cell) if piece.lastgroup in ("word", "other"))
     run, behind = cell[:end], cell[end:]
     closing = _unmatched_closing(run)
@@ -308,12 +315,30 @@ def _may_end(run: str, behind: str) -> bool:
     return behind[0] in _BEHIND_UNLESS_DIGITS and not behind[1:2].isdigit() and behind[:2] != ".." and not ratio
 
 
-def _two_runs(cell: str) -> tuple[str, str] | None:
-    """("8", "8 + 1 =") of "= 8 8 + 1 =": the end of one equality and the begin of the next without a mark between."""
-    match = re.fullmatch(r"=\s*(-?[0-9][0-9,.]*)\s+([0-9][^=]*)=", cell)
-    if match is None or re.match(r"[0-9]{3}(?![0-9])", match[2]) or _FRACTION_IN_LINE.fullmatch(match[2].strip()):
-        return None  # 1 100, 3 1/2
-    return match[1], match[2]
+def _readings(cell: str, last: bool) -> list[str]:
+    """A cell in plain notation, without the equals sign beside it, in all its readings.
+
+    One equality may end and the next begin without a word between them: "= 8 8 + 1 =" and "= 21,21+5 =" are two runs,
+    of which the `last` or the first is wanted. "= 100,100-3 =" may also be a number above a thousand, "= 3,5 * 2" a
+    decimal.
+    """
+    cell = _plain_notation(cell)
+    match = _TWO_RUNS.fullmatch(cell)
+    if match is None or _starts_with_proper_fraction(match[3]) or not (match[2] or cell.endswith("=")):  # 3 1/2, 1 450
+        return [cell[:-1] if last else cell[1:]]
+    head, comma, rest, digits = match.groups()
+    runs = ["=" + rest[:-1] if last else head + "="]
+    if len(digits) == 3:
+        runs.append(f"={head},{rest[:-1]}" if last else f"{head},{rest}")
+    elif comma and digits and head.isdigit():
+        decimal = f"({int(head + digits)}/{10 ** len(digits)}){rest[len(digits) :]}"
+        runs.append("=" + decimal[:-1] if last else decimal)
+    return runs
+
+
+def _starts_with_proper_fraction(text: str) -> bool:
+    match = re.match(r"\s*([0-9]+)\s*/\s*([0-9]+)", text)
+    return match is not None and int(match[1]) < int(match[2])
 
 
 def _unmatched_opening(run: str) -> int | None:
