@@ -9,10 +9,10 @@ Reads what a run leaves behind (config.yaml, metrics.jsonl, samples.jsonl, held_
 going on or was killed in the middle of a line. The charts are plotly's, whose camera button saves a picture; its script
 is in the page, and nearly all of its 4.9 MB.
 
-The band around a share of solved problems is its 95% interval. Answers to one problem resemble one another, so they do
-not count as independent ones: where samples.jsonl holds a whole step, evaluate.py's `share_interval` takes their spread
-from problem to problem; elsewhere (evaluations, a share of the samples) it is Wilson's of as many answers as there are
-problems, which is a little wide where each was answered several times.
+The band around a share of solved problems is its 95% interval. Answers to one problem resemble one another, so they are
+not independent. If samples.jsonl holds a whole step, `share_interval` of study/intervals.py takes the spread from
+problem to problem. Otherwise (evaluations, a share of the samples) the interval is Wilson's for as many answers as
+there are problems, which is a little wide if each problem was answered several times.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ import torch
 import yaml
 
 from data_types import Episode
-from evaluate import share_interval, wilson_interval
 from run.checkpoint import find_checkpoint
 from run.closed_pipe import reader_may_go
 from run.config import Config, load_config
 from run.pretrained import load_policy
 from run.run_log import read_lines
+from study.intervals import share_interval, wilson_interval
 from tokenizer import Tokenizer
 from update.scoring import score_episodes
 

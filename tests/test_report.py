@@ -10,8 +10,8 @@ import matplotlib.figure
 import pytest
 
 import report
-from evaluate import share_interval, wilson_interval
 from run.config import Config, save_yaml
+from study.intervals import share_interval, wilson_interval
 from train import main as train_main
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
