@@ -31,6 +31,7 @@ from typing import Any
 from data_types import Episode
 from run.closed_pipe import ReaderMayGo, nobody_reads
 from run.config import Config, save_yaml
+from run.machine import describe_machine
 from run.progress import History, LiveProgress, PlainProgress, summary_table
 
 
@@ -65,6 +66,8 @@ class RunLog:
         self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._complaints: set[str] = set()
+        machine = json.dumps(describe_machine(), indent=1) + "\n"
+        self._try("machine.json", lambda: (self.run_dir / "machine.json").write_text(machine, encoding="ascii"))
         self.history = History(total_steps)
         self.console = ReaderMayGo()
         if live is None:
@@ -113,9 +116,14 @@ class RunLog:
         self._try("samples.jsonl", lambda: self._samples.append(*records))
         self._progress.samples(episodes)
 
-    def log_held_out(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
-        """Write a few held-out answers to held_out.jsonl, so that one can lay the first and the last side by side."""
-        records = [_sample(step, e, decode(e.prompt_ids)) | _tokens(e, decode) for e in episodes]
+    def log_held_out(
+        self, step: int, episodes: list[Episode], sampled: bool, decode: Callable[[list[int]], str]
+    ) -> None:
+        """Write a few held-out answers to held_out.jsonl, so that the first and the last can be compared.
+
+        sampled: True at the run's temperature, False greedy.
+        """
+        records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
 
     def truncate_after(self, step: int) -> None:
@@ -165,7 +173,7 @@ class RunLog:
             self._try("TensorBoard events", self._tensorboard.close)
             self._tensorboard = None
 
-    def _try(self, what: str, write: Callable[[], None]) -> bool:
+    def _try(self, what: str, write: Callable[[], object]) -> bool:
         """Do it; where the disk refuses, say so once until it works again, let the run live, and return False."""
         try:
             write()
@@ -197,7 +205,9 @@ class NoLog:
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
 
-    def log_held_out(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
+    def log_held_out(
+        self, step: int, episodes: list[Episode], sampled: bool, decode: Callable[[list[int]], str]
+    ) -> None: ...
 
     def truncate_after(self, step: int) -> None: ...
 
