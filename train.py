@@ -267,10 +267,12 @@ def say(text: str) -> None:
         say_here(text)
 
 
-def evaluate(trainer: GRPO, problems: list[Problem], show: Callable[[list[Episode]], None] | None = None) -> Metrics:
+def evaluate(
+    trainer: GRPO, problems: list[Problem], show: Callable[[list[Episode], bool], None] | None = None
+) -> Metrics:
     """Held-out problems, greedy and sampled: `eval_greedy_*` and `eval_*`, means over problems and answers.
 
-    show: is handed the first few greedy answers.
+    show: gets an answer to each of the first few problems, and whether it was sampled (else it is greedy).
     """
     config, metrics = trainer.config, {}
     batch = MiniBatch.from_problems(problems, trainer.tokenizer)
@@ -285,8 +287,8 @@ def evaluate(trainer: GRPO, problems: list[Problem], show: Callable[[list[Episod
             problem, token = episodes[number].problem.id, len(episodes[number].response_ids) - 1
             logger.warning("evaluation: not finite logits cut answers, which get no reward; the first is to problem "
                            "%s, at token %d", problem, token)  # fmt: skip
-        if show and sampling.temperature == 0:
-            show(episodes[:SHOWN])
+        if show:
+            show(episodes[:: sampling.n][:SHOWN], sampling.temperature > 0)
         means = reward_metrics(episodes, trainer.task)
         for name in SHOWN_MEANS:
             if name in means:

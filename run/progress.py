@@ -14,7 +14,8 @@ from collections import deque
 from itertools import pairwise
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -152,13 +153,26 @@ class PlainProgress:
         """Nothing is held."""
 
 
+class _RedrawnLive(Live):
+    """A live display that begins on an empty screen when the window's size has changed.
+
+    rich goes back by as many lines as it drew. A terminal wraps these lines when it becomes narrower, so that there are
+    more of them, and their first pieces would stay on the screen.
+    """
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        before, self._size = getattr(self, "_size", self.console.size), self.console.size
+        shown = super().process_renderables(renderables)
+        return shown if before == self._size else [Control.home(), Control.clear(), *shown[1:]]
+
+
 class LiveProgress:
     """The display of a terminal. What others print appears above it."""
 
     def __init__(self, history: History, console: Console, title: str):
         self.history, self.console, self.title = history, console, title
         self._phase, self._values, self._samples = "starting", {}, []
-        self._live = Live(self, console=console, refresh_per_second=2, vertical_overflow="crop")
+        self._live = _RedrawnLive(self, console=console, refresh_per_second=2, vertical_overflow="crop")
         self._live.start()
 
     def phase(self, name: str) -> None:

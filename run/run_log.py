@@ -19,6 +19,7 @@ Where this departs from the usual logger:
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -29,6 +30,7 @@ from typing import Any
 from data_types import Episode
 from run.config import Config, save_yaml
 from run.json_lines import JsonLines, is_metrics, read_lines
+from run.machine import describe_machine
 from run.progress import (
     Display,
     History,
@@ -73,6 +75,8 @@ class RunLog:
         self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._complaints: set[str] = set()
+        machine = json.dumps(describe_machine(), indent=1) + "\n"
+        self._try("machine.json", lambda: (self.run_dir / "machine.json").write_text(machine, encoding="ascii"))
         self.history = History(total_steps, config.eval_every if config.eval_problems else None)
         self._evaluating_since: float | None = None
         self.console = Display()
@@ -136,9 +140,14 @@ class RunLog:
         self._try("samples.jsonl", lambda: self._samples.append(*records))
         self._progress.samples(episodes)
 
-    def log_held_out(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
-        """Write a few held-out answers to held_out.jsonl, so that one can lay the first and the last side by side."""
-        records = [_sample(step, e, decode(e.prompt_ids)) | _tokens(e, decode) for e in episodes]
+    def log_held_out(
+        self, step: int, episodes: list[Episode], sampled: bool, decode: Callable[[list[int]], str]
+    ) -> None:
+        """Write a few held-out answers to held_out.jsonl, so that the first and the last can be compared.
+
+        sampled: True at the run's temperature, False greedy.
+        """
+        records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
 
     def truncate_after(self, step: int) -> None:
@@ -205,7 +214,7 @@ class RunLog:
 
         self._try("standard output", shown)
 
-    def _try(self, what: str, write: Callable[[], None]) -> bool:
+    def _try(self, what: str, write: Callable[[], object]) -> bool:
         """Do it; where the disk refuses, say so once until it works again, let the run live, and return False."""
         try:
             write()
@@ -238,7 +247,9 @@ class NoLog:
 
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
 
-    def log_held_out(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None: ...
+    def log_held_out(
+        self, step: int, episodes: list[Episode], sampled: bool, decode: Callable[[list[int]], str]
+    ) -> None: ...
 
     def truncate_after(self, step: int) -> None: ...
 
