@@ -75,8 +75,8 @@ def train(
 ) -> list[float]:
     """Train a policy with GRPO. Changes `logits` [T, V] in place, and returns the mean reward of each step.
 
-    The policy draws token t of a response from softmax(logits[t]), whatever the other tokens are. All groups have the
-    same (empty) prompt. `reward` maps responses [E, T] to rewards [E].
+    The policy draws token t of a response from softmax(logits[t]), for any other tokens. All groups have the same
+    (empty) prompt. `reward` maps responses [E, T] to rewards [E].
 
     One step:
       1. Draw groups * group_size responses [E, T]: `draw` with uniform numbers from torch.rand.

@@ -192,7 +192,7 @@ def test_no_option_of_a_run_reaches_the_corrected_divergence(monkeypatch):
 
     logp = torch.tensor([-1.5, -1.5])
     for kl in ("k1", "k2", "k3", "kl", "approx_kl"):
-        divergence_terms(LossOptions(beta=0.1, kl=kl), Micro, logp, logp, logp)
+        divergence_terms(LossOptions(beta=0.1, kl=kl), Micro, logp, logp, None)
     assert passed == [None] * 5
 
 
