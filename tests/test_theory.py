@@ -1,5 +1,5 @@
-"""Statements of the documentation about the theory, each with its number: what an estimator is biased by, what a
-division does, what rounding costs. Every expectation is a finite sum, so that nothing here depends on luck."""
+"""Statements of the pages about the theory, each with its number: bias of an estimator, effect of a division, cost of
+rounding. Every expectation is a finite sum, so no test depends on luck."""
 
 from __future__ import annotations
 
