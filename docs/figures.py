@@ -95,7 +95,7 @@ def draw(runs: dict[str, Records], path: Path, problems: int | None = None) -> N
         axis.set_xlabel("step", fontsize=9)
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+    axes.flat[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(caption(runs, problems), fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 

@@ -264,6 +264,71 @@ def test_the_figure_of_optimal_transport_is_what_the_page_says(tmp_path):
     assert (tmp_path / "images" / "figure.png").stat().st_size > 10_000
 
 
+# ------------------------------------------------------------------------------------------------ figures, raw files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_raw_file_of_a_page_is_there(page):
+    """Paths in backticks: `docs/results/...`, or `results/...` in the pages themselves. Links are checked by mkdocs."""
+    for path in re.findall(r"`(?:docs/)?results/([^`]+)`", page.read_text(encoding="utf-8")):
+        assert list((ROOT / "docs" / "results").glob(path.rstrip("/"))), path
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"- {page.name}\n" not in navigation + "\n"]
+    assert not missing
+
+
+def written(path: Path, values: dict[str, list[float]]) -> dict[str, list[dict]]:
+    """Records of a run with one evaluation per value, as figures.py reads them."""
+    records = [{"step": i} | {key: v[i] for key, v in values.items()} for i in range(len(next(iter(values.values()))))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {path.stem: records}
+
+
+def test_a_figure_has_no_empty_panel_and_no_line_through_two_points(tmp_path, monkeypatch):
+    figures = script("figures", monkeypatch)
+    drawn = []
+    monkeypatch.setattr(figures.plt.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for count in (2, 3):
+        values = {"eval_solved": [0.2, 0.4, 0.6][:count], "eval_false_sums": [0.0] * count, "reward": [1.0] * count}
+        figures.draw(written(tmp_path / f"{count}.jsonl", values), tmp_path / "x.png", problems=100)
+    two, three = (list(figure.axes) for figure in drawn)
+    assert [axis.get_title() for axis in two] == ["held out: solved, sampled", "training: reward"]
+    styles = [axes[0].containers[0].lines[0].get_linestyle() for axes in (two, three)]
+    assert styles == ["None", "-"]
+    bars = three[0].containers[0].lines[2][0].get_segments()
+    assert bars[0][0][1] == pytest.approx(0.1334, abs=1e-3)  # Wilson's interval of 20 of 100
+    assert bars[0][1][1] == pytest.approx(0.2888, abs=1e-3)
+    caption = drawn[1].get_suptitle()
+    assert "one seed" in caption
+    assert "100 problems" in caption
+    assert "mean of the last 10 steps" in caption
+
+
+def test_the_figure_of_pass_at_k_reads_all_files_and_refuses_other_problems(tmp_path, monkeypatch):
+    pass_at_k = script("pass_at_k", monkeypatch)
+
+    def report(seed: int, before: float) -> None:
+        level = {"value": before, "low": 0.0, "high": 1.0}
+        gain = {"value": 0.1, "low": 0.0, "high": 0.2}
+        results = {"countdown-tiny": {"greedy": level, "pass@1": level}}
+        differences = {f"runs/tiny-{seed}/checkpoints/last - countdown-tiny": {"greedy": gain, "pass@1": gain}}
+        (tmp_path / f"{seed}.json").write_text(json.dumps({"results": results, "differences": differences}))
+
+    report(0, 0.25)
+    report(1, 0.25)
+    before, gains = pass_at_k.read(tmp_path)
+    assert list(gains) == ["tiny-0", "tiny-1"]
+    assert pass_at_k.table(before, gains)[2] == "| 1 | 0.250 | +0.100 [+0.000, +0.200] | +0.100 [+0.000, +0.200] |"
+    pass_at_k.draw(before, gains, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    report(1, 0.5)
+    with pytest.raises(ValueError, match=r"1\.json has other numbers for countdown-tiny"):
+        pass_at_k.read(tmp_path)
+
+
 def script(name: str, monkeypatch):
     """A program of docs/ as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
