@@ -5,7 +5,7 @@
     python docs/figures.py countdown-tiny docs/results/countdown-tiny/seed-{0,1,2}.jsonl --problems 512   # draw again
 
 Writes docs/results/<name>.png. From folders of runs, it also copies the raw metrics beside it (<name>/seed-N.jsonl) and
-prints a table; the last line is JSON with the first and last evaluation of every run, minutes, hardware and commit.
+prints a table. The last line is JSON with the first and last evaluation of every run, minutes, hardware and commit.
 
 Held-out panels have one point per evaluation, with its 95% Wilson interval for `--problems` problems of one response
 each. Training panels have means over the last ten steps. A panel that is 0 everywhere is left out.
@@ -95,13 +95,13 @@ def draw(runs: dict[str, Records], path: Path, problems: int | None = None) -> N
         axis.set_xlabel("step", fontsize=9)
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+    axes.flat[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(caption(runs, problems), fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def draw_run(axis, records: Records, name: str, colour: str, label: str, problems: int | None) -> None:
-    """A line through smoothed training steps; points for evaluations, joined only if there are more than two."""
+    """A line through smoothed training steps. Points for evaluations, joined only if there are more than two."""
     if not name.startswith("eval"):
         axis.plot(*series(records, name, SMOOTH), color=colour, label=label)
         return

@@ -1,9 +1,9 @@
-"""What the site needs beyond Markdown: formulas as MathML, and references to code that lead to the code.
+"""Two additions to Markdown: formulas as MathML, and links from references to the code.
 
-mkdocs calls the functions `on_*` while it builds (mkdocs.yml, `hooks`).
+mkdocs calls the functions `on_*` during a build (mkdocs.yml, `hooks`).
 
-- `$...$` and `$$...$$` become MathML here, which browsers draw themselves: no script, no font, no request.
-- `update/losses.py:policy_loss` in backticks becomes a link to that line of a copy of the file inside the site. An
+- `$...$` and `$$...$$` become MathML. Browsers draw it without a script, a font or a request.
+- `update/losses.py:policy_loss` in backticks becomes a link to that line, in a copy of the file inside the site. An
   unknown name fails the build: `find_line` raises ValueError. tests/test_docs.py checks every page.
 """
 
@@ -27,7 +27,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 def definitions(file: str) -> dict[str, int]:
     """Name -> line of everything a file defines: functions, classes, `Class.method`, assigned names and fields.
 
-    Raises FileNotFoundError where there is no such file in the repository.
+    Raises FileNotFoundError if there is no such file in the repository.
     """
     lines: dict[str, int] = {}
 
@@ -46,13 +46,13 @@ def definitions(file: str) -> dict[str, int]:
 
 
 def find_line(file: str, name: str | None) -> int:
-    """The line where `file` defines `name` (a function, class, `Class.method`, constant or field); None: line 1.
+    """Line of the definition of `name` in `file`: a function, class, `Class.method`, constant or field. None: line 1.
 
-    Raises ValueError where it does not, FileNotFoundError where there is no such file.
+    Raises ValueError if the file does not define the name, FileNotFoundError if there is no such file.
     """
     known = definitions(file)
     if name is not None and name not in known:
-        raise ValueError(f"{file} defines no {name!r}: has it been renamed? It has {', '.join(known)}")
+        raise ValueError(f"{file} defines no {name!r}: was it renamed? The file defines {', '.join(known)}")
     return 1 if name is None else known[name]
 
 
@@ -70,7 +70,7 @@ def on_files(files, config):
 
 
 def on_page_content(content: str, page, config, files) -> str:
-    """Formulas to MathML; references to code to links."""
+    """Turn formulas into MathML, and references to code into links."""
     if page.file.src_uri.startswith("source/"):
         return content
     up = "../" * page.file.src_uri.count("/")
@@ -86,7 +86,7 @@ def on_page_content(content: str, page, config, files) -> str:
 
 
 def _mathml(match: re.Match) -> str:
-    """latex2mathml's formula with the spaces of TeX: behind `log x`, and on both sides of the bar of KL(p || q)."""
+    """The formula of latex2mathml, with the spaces of TeX after `log` and around the bar of KL(p || q)."""
     display = "block" if match.group(1) == "div" else "inline"
     formula = latex2mathml.converter.convert(html.unescape(match.group(2)).strip(), display=display)
     formula = re.sub(r"(<mi>(?:log|exp|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>', formula)

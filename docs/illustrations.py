@@ -59,7 +59,7 @@ def compare() -> Comparison:
     cost = 1 - torch.nn.functional.normalize(states[0], dim=-1) @ torch.nn.functional.normalize(states[1], dim=-1).T
     plan = sinkhorn(cost)
     rigid = (logp.exp() * (logp - logq)).sum(-1)
-    return Comparison(*tokens, rigid, plan, (plan * cost).sum(1), cost.diagonal())
+    return Comparison(tokens[0], tokens[1], rigid, plan, (plan * cost).sum(1), cost.diagonal())
 
 
 def sinkhorn(cost: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""How a Countdown run searches, in the form of search_traces.py: attempts, repetitions, false sums, false claims.
+"""Table of the searches of a Countdown run: attempts, repetitions, false sums, false claims.
 
     python docs/searches.py runs/countdown-0/samples.jsonl              # every ten steps, a line of a table
     python docs/searches.py docs/results/countdown-in-order-qwen2.5-coder-0.5b/seed-0-answers.jsonl
 
-The first file is a run's own; with `--keep FILE` its problems and answers go to a small one like the second. An attempt
-is a line of the thought that holds a sum; it is repeated where an earlier line of the answer is the same, it noticed
-where its last operation is the one of four that comes closest to the target, and a false claim is an answer that says
-`ok` and is not right.
+The first file belongs to a run. With `--keep FILE` its problems and responses go to a small file like the second one.
+
+An attempt is a line of the thought with a sum (the form of tasks/search_traces.py). It is repeated if an earlier line
+of the response is the same. It has noticed the target if its last operation is the one of four that comes closest.
+A false claim is a response that says `ok` and is not right.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COLUMNS = ("solved", "attempts an answer", "repeated", "noticed", "false sums", 
 
 
 def short(record: dict) -> dict:
-    """A line of samples.jsonl as problem, answer, its tokens, and whether it is right."""
+    """A line of samples.jsonl as problem, response, its number of tokens, and whether it is right."""
     if "prompt" not in record:
         return record
     solved = record["reward_parts"]["answer"] == 1
@@ -48,7 +49,7 @@ def noticed(attempt: str, target: int) -> bool:
 
 
 def count(record: dict) -> dict[str, float]:
-    """What one answer adds to the columns."""
+    """Contribution of one response to each column."""
     thought = record["response"].partition("</think>")[0]
     attempts = [line for line in thought.splitlines() if "=" in line]
     target = int(record["problem"].rpartition("=")[2])
@@ -66,7 +67,7 @@ def count(record: dict) -> dict[str, float]:
 
 
 def table(records: list[dict], every: int) -> list[str]:
-    """Lines of a Markdown table, one for each span of steps: rates over its answers, attempts or sums."""
+    """Lines of a Markdown table, one per span of steps: rates over its responses, attempts or sums."""
     spans = defaultdict(list)
     for record in records:
         spans[(record["step"] - 1) // every].append(count(record))

@@ -1,10 +1,11 @@
-"""What an arithmetic run does with products of two numbers above 9, and how often that comes out right.
+"""Table of the products of two numbers above 9 in an arithmetic run, by the way they are calculated.
 
     python docs/workings.py runs/digits-0/samples.jsonl              # every ten steps, a line of a table
     python docs/workings.py docs/results/digits-qwen2.5-coder-0.5b/seed-0-answers.jsonl
 
-The first file is a run's own; with `--keep FILE` its questions and answers go to a small one like the second. An answer
-is `by digits` where something is said to equal further products (`65 * 90 = 60 * 90 + 5 * 90`), else `by heart`.
+The first file belongs to a run. With `--keep FILE` its questions and responses go to a small file like the second one.
+A response is `by digits` if an equation has further products on its right side (`65 * 90 = 60 * 90 + 5 * 90`).
+Otherwise it is `by heart`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KINDS = ("no large product", "large product by digits", "large product by heart"
 
 
 def short(record: dict) -> dict:
-    """A line of samples.jsonl, or of a file that was kept, as question, answer, and whether it is right."""
+    """A line of samples.jsonl, or of a kept file, as question, response, and whether it is right."""
     if "question" in record:
         return record
     question = re.search(r"What is ([\d+\-* ]+)\?", record["prompt"]).group(1)
@@ -29,7 +30,7 @@ def short(record: dict) -> dict:
 
 
 def kind(question: str, response: str) -> str:
-    """Which of KINDS an answer is."""
+    """The one of KINDS that a response belongs to."""
     terms = question.split()
     products = [(terms[i - 1], terms[i + 1]) for i, term in enumerate(terms) if term == "*"]
     if not any(min(int(a), int(b)) > 9 for a, b in products):
@@ -38,7 +39,7 @@ def kind(question: str, response: str) -> str:
 
 
 def table(records: list[dict], every: int) -> list[str]:
-    """Lines of a Markdown table: for each span of steps and kind, the solved answers and how many there are."""
+    """Lines of a Markdown table: for each span of steps and kind, the share of right responses and their number."""
     cells = defaultdict(list)
     for record in records:
         cells[(record["step"] - 1) // every, kind(record["question"], record["response"])].append(record["solved"])
@@ -51,14 +52,14 @@ def table(records: list[dict], every: int) -> list[str]:
 
 
 def report(doc: str, short: Callable[[dict], dict], table: Callable[[list[dict], int], list[str]]) -> None:
-    """The command line: read the samples, keep them shortened where asked, print their table."""
+    """The command line: read the samples, keep them shortened if asked, print their table."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path)
-    parser.add_argument("--every", type=int, default=10, help="steps a line of the table")
-    parser.add_argument("--keep", type=Path, help="write the questions and answers here")
+    parser.add_argument("--every", type=int, default=10, help="steps per line of the table")
+    parser.add_argument("--keep", type=Path, help="write the questions and responses here")
     options = parser.parse_args()
     if not options.samples.is_file():
-        parser.error(f"{options.samples} is no file; expected a run's samples.jsonl, or answers that were kept of it")
+        parser.error(f"{options.samples} is no file; expected the samples.jsonl of a run, or a file made with --keep")
     records = [short(json.loads(line)) for line in options.samples.read_text(encoding="utf-8").splitlines()]
     if options.keep:
         options.keep.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

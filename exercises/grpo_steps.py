@@ -100,9 +100,9 @@ def adamw_step(
 ) -> None:
     """One AdamW update of `weight`, `first` and `second` (the moments), in place. `step` counts from 1.
 
-    Kingma & Ba 2015, alg. 1, with the decay of `torch.optim.AdamW`: the weight is multiplied by 1 - lr *
-    weight_decay, and the moments do not see the decay. (Algorithm 2 of Loshchilov & Hutter 2019 has no lr there.)
-    Epsilon is added after the bias correction, outside the square root.
+    Kingma & Ba 2015, alg. 1, with the decay of `torch.optim.AdamW`: the weight is multiplied by 1 - lr * weight_decay,
+    and the moments do not see the decay. (Algorithm 2 of Loshchilov & Hutter 2019 has no lr there.) Epsilon is added
+    after the bias correction, outside the square root.
     """
     raise NotImplementedError
 

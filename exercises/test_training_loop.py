@@ -151,7 +151,7 @@ def test_train_compares_within_a_group():
 
 
 def test_train_takes_adam_steps():
-    """The first step of Adam moves each logit by lr, whatever the size of its gradient."""
+    """The first step of Adam moves each logit by lr, for a gradient of any size."""
     torch.manual_seed(1)
     logits = torch.zeros(4, 4)
     mine.train(logits, near_the_goal, steps=1, groups=4, group_size=8, lr=0.01)

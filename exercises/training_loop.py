@@ -75,15 +75,15 @@ def train(
 ) -> list[float]:
     """Train a policy with GRPO. Changes `logits` [T, V] in place, and returns the mean reward of each step.
 
-    The policy draws token t of a response from softmax(logits[t]), whatever the other tokens are. All groups have the
-    same (empty) prompt. `reward` maps responses [E, T] to rewards [E].
+    The policy draws token t of a response from softmax(logits[t]), for any other tokens. All groups have the same
+    (empty) prompt. `reward` maps responses [E, T] to rewards [E].
 
     One step:
       1. Draw groups * group_size responses [E, T]: `draw` with uniform numbers from torch.rand.
       2. Rewards [E], and `group_advantages` of them as [groups, group_size].
       3. `token_logprobs` of the drawn tokens, with a gradient into the logits. The old policy is this one, detached.
       4. `clipped_loss` with 0.2 and 0.2, weighted by `token_weights` of loss type "dapo", summed.
-      5. `adamw_step` on the logits with betas (0.9, 0.999), eps 1e-8 and no decay; the step number counts from 1.
+      5. `adamw_step` on the logits with betas (0.9, 0.999), eps 1e-8 and no decay. The step number counts from 1.
     Hint: `from grpo_steps import ...` takes your own functions. Every token of a response has the advantage of the
     response.
     """

@@ -158,7 +158,7 @@ def train_with(
     weights: Callable = lambda lengths: losses.token_weights("dapo", lengths, 1),
     sign: int = 1,
 ) -> Callable:
-    """The exercise's loop; the arguments are places for mistakes."""
+    """The loop of the exercise. The arguments are places for mistakes."""
 
     def train(logits, reward, steps, groups, group_size, lr):
         T, _V = logits.shape
@@ -317,7 +317,7 @@ def decode_with(again: bool = False, drop_stop: bool = False, one_more: bool = F
 
 
 def accumulate_with(mean: Callable, together: bool = False, keep: bool = False) -> Callable:
-    """mean(terms, step size, number of micro-batches); together: one backward pass; keep: old gradients stay."""
+    """mean(terms, tokens of the step, number of pieces). together: one backward pass. keep: old gradients stay."""
 
     def accumulate(term, parameters, micro_batches):
         for parameter in parameters:

@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs and prints what it says, its commands parse, what it refers to is there."""
+"""The pages are true: their code prints their output, their commands parse, and their references exist."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
     r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-NOT_RUN: dict[str, int] = {}  # page -> how many Python blocks say <!-- not run: reason --> in the line before
+NOT_RUN: dict[str, int] = {}  # page -> number of Python blocks with <!-- not run: reason --> in the line before
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
-# What a page takes for granted before its first block.
+# Code that a page needs before its first block.
 BEFORE = {
     "README.md": """
 from run.config import load_config, preset_for
@@ -65,7 +65,7 @@ def hooks() -> ModuleType:
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=name)
 def test_every_python_block_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
-    """A page is one namespace, top to bottom; a block of text behind a block of Python is what that one prints."""
+    """A page is one namespace, top to bottom. A block of text after a block of Python is its output."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")  # blocks read the raw files in docs/results
     write_math_tasks("math_tasks.jsonl", n=2)
@@ -86,11 +86,11 @@ def test_every_python_block_runs_and_prints_what_the_page_says(page, tmp_path, m
 
 
 def assert_same_output(printed: str, written: str, where: str) -> None:
-    """Equal words, and numbers equal up to rounding, which differs from processor to processor."""
-    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", written).split(), f"{where}: it prints\n{printed}"
+    """Equal words, and numbers equal up to rounding, which depends on the processor."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", written).split(), f"{where} prints\n{printed}"
     pairs = zip(NUMBER.findall(printed), NUMBER.findall(written), strict=True)
     for found, wanted in pairs:
-        assert float(found) == pytest.approx(float(wanted), rel=0.02, abs=2e-3), f"{where}: it prints\n{printed}"
+        assert float(found) == pytest.approx(float(wanted), rel=0.02, abs=2e-3), f"{where} prints\n{printed}"
 
 
 def test_what_is_not_run_is_counted():
@@ -99,7 +99,7 @@ def test_what_is_not_run_is_counted():
 
 
 def test_the_readme_has_both_of_its_python_blocks_and_the_pages_theirs():
-    """The pattern that finds blocks finds every fence: none is skipped because it is written in another way."""
+    """The pattern finds every fence. None is skipped for its form."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert text.count("```python") == sum(f["kind"] == "python" for f in fences(page)), page
@@ -110,7 +110,7 @@ def test_the_readme_has_both_of_its_python_blocks_and_the_pages_theirs():
 
 
 def commands(page: Path) -> list[str]:
-    """Every `python FILE.py ...` of a page: lines of shell blocks, indented lines, and code in a sentence."""
+    """Every `python FILE.py ...` of a page: in shell blocks, indented lines, and code in a sentence."""
     text = page.read_text(encoding="utf-8")
     text = re.sub(r"^```python\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"(?:^|[`&] ?|\s{4})(python [\w/]+\.py[^`\n&|]*)", text, re.MULTILINE)
@@ -119,7 +119,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_of_a_page_can_be_given(page, tmp_path, monkeypatch):
-    """The programs are there, and options of train.py are read by the parser that reads the real ones."""
+    """The programs exist, and the parser of train.py reads its options."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     run = tmp_path / "runs" / "some" / "checkpoints" / "latest"
     run.mkdir(parents=True)
@@ -141,7 +141,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_reference_to_code_leads_to_it(page):
-    """`update/losses.py:policy_loss` names something that losses.py defines."""
+    """`update/losses.py:policy_loss` is a name that losses.py defines."""
     find_line = hooks().find_line
     for file, symbol in re.findall(r"`((?:\w+/)*\w+\.py):([\w.]+)`", page.read_text(encoding="utf-8")):
         assert find_line(file, symbol) > 0
@@ -182,7 +182,7 @@ def kl(p, q):
 
 
 def test_the_gradient_column_of_the_divergence_table():
-    """CHECKLIST: docs/kl.md, row by row; every expectation over six tokens is exact, and autograd is the project's."""
+    """docs/kl.md, row by row. Expectations over six tokens are exact, and autograd runs through the project's code."""
     draw = torch.Generator().manual_seed(3)
     logits = torch.randn(6, generator=draw, dtype=torch.float64, requires_grad=True)
     other = torch.randn(6, generator=draw, dtype=torch.float64).log_softmax(-1)  # the reference, or the rollout policy
@@ -217,7 +217,7 @@ def test_the_gradient_column_of_the_divergence_table():
     torch.testing.assert_close(approx, wanted, **same)
 
 
-def test_near_the_reference_k3_in_the_reward_pulls_hardly_at_all():
+def test_k3_in_the_reward_has_almost_no_gradient_near_the_reference():
     """docs/kl.md: its gradient vanishes to first order, that of k1 does not."""
     draw = torch.Generator().manual_seed(3)
     start, direction = (torch.randn(6, generator=draw, dtype=torch.float64) for _ in range(2))
@@ -233,7 +233,7 @@ def test_near_the_reference_k3_in_the_reward_pulls_hardly_at_all():
 
 
 def test_transport_reaches_the_hidden_states_and_not_the_head():
-    """The last row: its gradient is that of the cost in the new policy's hidden states, and of nothing else."""
+    """The last row: its gradient is that of the cost in the hidden states of the new policy only."""
     draw = torch.Generator().manual_seed(1)
     new, old = (torch.randn(5, 4, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.autograd.gradcheck(lambda h: losses.transport_cost(h, old.detach(), window=2), (new,))
@@ -243,7 +243,7 @@ def test_transport_reaches_the_hidden_states_and_not_the_head():
 
 
 def test_the_figure_of_optimal_transport_is_what_the_page_says(tmp_path):
-    """Its plan is the loss's own, finds the moved steps, and its numbers are those of the page."""
+    """Its plan is that of the loss and finds the moved steps, and its numbers are those of the page."""
     spec = importlib.util.spec_from_file_location("illustrations", ROOT / "docs" / "illustrations.py")
     illustrations = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(illustrations)
@@ -262,6 +262,71 @@ def test_the_figure_of_optimal_transport_is_what_the_page_says(tmp_path):
     torch.testing.assert_close(mine, losses.transport_cost(new, old, window=6, iterations=200), rtol=1e-4, atol=1e-5)
     illustrations.draw(c, tmp_path / "images" / "figure.png")
     assert (tmp_path / "images" / "figure.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------ figures, raw files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_raw_file_of_a_page_is_there(page):
+    """Paths in backticks: `docs/results/...`, or `results/...` in the pages themselves. Links are checked by mkdocs."""
+    for path in re.findall(r"`(?:docs/)?results/([^`]+)`", page.read_text(encoding="utf-8")):
+        assert list((ROOT / "docs" / "results").glob(path.rstrip("/"))), path
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"- {page.name}\n" not in navigation + "\n"]
+    assert not missing
+
+
+def written(path: Path, values: dict[str, list[float]]) -> dict[str, list[dict]]:
+    """Records of a run with one evaluation per value, as figures.py reads them."""
+    records = [{"step": i} | {key: v[i] for key, v in values.items()} for i in range(len(next(iter(values.values()))))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {path.stem: records}
+
+
+def test_a_figure_has_no_empty_panel_and_no_line_through_two_points(tmp_path, monkeypatch):
+    figures = script("figures", monkeypatch)
+    drawn = []
+    monkeypatch.setattr(figures.plt.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for count in (2, 3):
+        values = {"eval_solved": [0.2, 0.4, 0.6][:count], "eval_false_sums": [0.0] * count, "reward": [1.0] * count}
+        figures.draw(written(tmp_path / f"{count}.jsonl", values), tmp_path / "x.png", problems=100)
+    two, three = (list(figure.axes) for figure in drawn)
+    assert [axis.get_title() for axis in two] == ["held out: solved, sampled", "training: reward"]
+    styles = [axes[0].containers[0].lines[0].get_linestyle() for axes in (two, three)]
+    assert styles == ["None", "-"]
+    bars = three[0].containers[0].lines[2][0].get_segments()
+    assert bars[0][0][1] == pytest.approx(0.1334, abs=1e-3)  # Wilson's interval of 20 of 100
+    assert bars[0][1][1] == pytest.approx(0.2888, abs=1e-3)
+    caption = drawn[1].get_suptitle()
+    assert "one seed" in caption
+    assert "100 problems" in caption
+    assert "mean of the last 10 steps" in caption
+
+
+def test_the_figure_of_pass_at_k_reads_all_files_and_refuses_other_problems(tmp_path, monkeypatch):
+    pass_at_k = script("pass_at_k", monkeypatch)
+
+    def report(seed: int, before: float) -> None:
+        level = {"value": before, "low": 0.0, "high": 1.0}
+        gain = {"value": 0.1, "low": 0.0, "high": 0.2}
+        results = {"countdown-tiny": {"greedy": level, "pass@1": level}}
+        differences = {f"runs/tiny-{seed}/checkpoints/last - countdown-tiny": {"greedy": gain, "pass@1": gain}}
+        (tmp_path / f"{seed}.json").write_text(json.dumps({"results": results, "differences": differences}))
+
+    report(0, 0.25)
+    report(1, 0.25)
+    before, gains = pass_at_k.read(tmp_path)
+    assert list(gains) == ["tiny-0", "tiny-1"]
+    assert pass_at_k.table(before, gains)[2] == "| 1 | 0.250 | +0.100 [+0.000, +0.200] | +0.100 [+0.000, +0.200] |"
+    pass_at_k.draw(before, gains, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    report(1, 0.5)
+    with pytest.raises(ValueError, match=r"1\.json has other numbers for countdown-tiny"):
+        pass_at_k.read(tmp_path)
 
 
 def script(name: str, monkeypatch):

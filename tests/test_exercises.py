@@ -36,7 +36,7 @@ def exercises(module: ModuleType) -> list[str]:
 
 
 def failures(parts, name: str, solution: Callable | None, monkeypatch) -> tuple[int, list[BaseException]]:
-    """Puts `solution` in the place of an exercise (None: leaves it) and runs its tests: how many, and what failed."""
+    """Put `solution` in the place of an exercise (None: leave it) and run its tests. Their number and errors."""
     module, tests = next((module, tests) for module, tests in parts.values() if name in exercises(module))
     if solution is not None:
         monkeypatch.setattr(module, name, solution)
@@ -53,7 +53,7 @@ def failures(parts, name: str, solution: Callable | None, monkeypatch) -> tuple[
 
 
 def cases(test: Callable) -> list[dict]:
-    """The arguments of `pytest.mark.parametrize`, or one empty case."""
+    """The cases of the one `pytest.mark.parametrize` of a test, or one empty case."""
     for mark in vars(test).get("pytestmark", []):
         names, values = mark.args
         return [dict(zip(names, v)) if isinstance(names, tuple) else {names: v} for v in values]
@@ -94,7 +94,7 @@ def test_a_plausible_wrong_solution_fails(parts, name, number, monkeypatch):
 
 
 def test_a_solution_can_be_worked_on_through_pytest(tmp_path):
-    """`python -m pytest exercises/` runs them; one that is solved passes, and the others fail."""
+    """`python -m pytest exercises/` runs them. A solved one passes, and the others fail."""
     for file in FOLDER.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     mine = tmp_path / "qwen2_layers.py"

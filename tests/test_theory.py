@@ -1,5 +1,5 @@
-"""Statements of the documentation about the theory, each with its number: what an estimator is biased by, what a
-division does, what rounding costs. Every expectation is a finite sum, so that nothing here depends on luck."""
+"""Statements of the pages about the theory, each with its number: bias of an estimator, effect of a division, cost of
+rounding. Every expectation is a finite sum, so no test depends on luck."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_types import Episode
 from grpo import compute_advantages
 from model.linear import Linear, gradients_in_place
-from optimizer import MemoryEfficientAdamW
+from optimizer import MemoryEfficientAdamW, adamw_
 from run.options import LossOptions
 from update import losses
 from update.objective import divergence_terms
@@ -192,7 +192,7 @@ def test_no_option_of_a_run_reaches_the_corrected_divergence(monkeypatch):
 
     logp = torch.tensor([-1.5, -1.5])
     for kl in ("k1", "k2", "k3", "kl", "approx_kl"):
-        divergence_terms(LossOptions(beta=0.1, kl=kl), Micro, logp, logp, logp)
+        divergence_terms(LossOptions(beta=0.1, kl=kl), Micro, logp, logp, None)
     assert passed == [None] * 5
 
 
@@ -299,3 +299,6 @@ def test_the_decay_is_that_of_pytorch_and_not_of_the_paper():
         AdamW([parameter], lr=1e-3, weight_decay=0.1).step()
     assert weight.item() == pytest.approx(2.0 * (1 - 1e-4), rel=1e-7)
     assert weight.item() == theirs.item()
+    plain, zero = torch.tensor([2.0]), torch.zeros(1)  # the update written out
+    adamw_(plain, zero, zero.clone(), zero.clone(), None, 1, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    assert plain.item() == theirs.item()
