@@ -386,6 +386,8 @@ def test_presets_for_released_checkpoints_have_it_on_and_another_task_ends_it(tm
     assert not parse_args([*preset, "--task", "gsm8k"]).curriculum
     assert not parse_args([*preset, "--task", "countdown", "--data", "rows.jsonl"]).curriculum
     assert not parse_args([*preset, "--config", str(CONFIGS / "gsm8k.yaml")]).curriculum
+    with pytest.raises(ValueError, match="needs a task with levels"):  # asked for beside the task
+        parse_args([*preset, "--task", "gsm8k", "--curriculum"])
     file = tmp_path / "wrong.yaml"
     file.write_text("task: gsm8k\ncurriculum: true\n")
     with pytest.raises(ValueError, match="needs a task with levels"):
