@@ -79,3 +79,19 @@ def test_every_page_reads_by_itself(site, browser, width, scheme):
     assert formulas > 20
     assert len(asked) > len(PAGES)
     assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+
+
+def test_search_works_from_the_file_system(site, browser):
+    """A word of one page is typed into the search box; the first result leads to that page, without a request."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page, asked = context.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.locator(".md-search__input").click()
+    page.keyboard.type("Sinkhorn", delay=50)
+    result = page.locator(".md-search-result__item a").first
+    result.wait_for(timeout=20_000)
+    result.click()
+    page.wait_for_url("**/optimal-transport.html*")
+    context.close()
+    assert all(url.startswith("file:") for url in asked), asked
