@@ -31,7 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import wilson_interval  # noqa: E402
+from study.intervals import wilson_interval  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 HELD_OUT = {  # title -> metric of an evaluation

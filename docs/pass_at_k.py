@@ -2,7 +2,7 @@
 
     for s in 0 1 2; do python train.py --seed $s --run-dir runs/tiny-$s; done
     python evaluate.py --config configs/countdown-tiny.yaml --samples 128 --eval-problems 256 --ckpt countdown-tiny \\
-        --compare runs/tiny-0/checkpoints/step-000075 --json docs/results/pass-at-128/seed-0.json
+        --after runs/tiny-0/checkpoints/step-000075 --json docs/results/pass-at-128/seed-0.json
     python docs/pass_at_k.py            # writes docs/results/pass-at-128.png and prints its table
 
 Every file in docs/results/pass-at-128 is one output of evaluate.py. All checkpoints are evaluated on the same problems.

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from data_types import Episode
-from evaluate import pass_at_k
 from grpo import compute_advantages
 from model.attention import EagerAttention, KVCache
 from model.head_logprobs import token_logprobs
@@ -23,6 +22,7 @@ from model.qwen2_config import Qwen2Config
 from optimizer import adamw_
 from qwen2_llm import MLP, Block, RMSNorm, RotaryEmbedding, apply_rope
 from rollout.sampling import SamplingParams, filter_weights, inverse_cdf
+from study.intervals import pass_at_k
 from update import losses
 from update.packing import Step
 

@@ -16,6 +16,7 @@ import torch
 
 from math_task import write_math_tasks
 from run.config import CONFIGS, Config, parse_args, save_yaml
+from run.flags import take_flag
 from update import losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_of_a_page_can_be_given(page, tmp_path, monkeypatch):
-    """The programs exist, and the parser of train.py reads its options."""
+    """The programs exist, and the parsers of train.py and evaluate.py read their options."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     run = tmp_path / "runs" / "some" / "checkpoints" / "latest"
     run.mkdir(parents=True)
@@ -128,7 +129,10 @@ def test_commands_of_a_page_can_be_given(page, tmp_path, monkeypatch):
     for command in commands(page):
         _, file, *options = shlex.split(command.replace("...", ""))
         assert (ROOT / file).is_file(), command
-        if file == "train.py" and "--help" not in options:
+        if file == "evaluate.py":
+            for flag in ("--samples", "--after", "--json"):
+                _, options = take_flag(options, flag)
+        if file in ("train.py", "evaluate.py") and "--help" not in options:
             parse_args(options)
 
 
