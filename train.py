@@ -51,6 +51,7 @@ from run.config import Config, config_files, new_run_dir, parse_args
 from run.flags import one_line
 from run.memory_plan import describe, dry_run, peak_gib
 from run.pretrained import load_policy, locate_pretrained
+from run.resume_rules import Start, check_resume
 from run.run_lock import RunLock
 from run.run_log import NoLog, RunLog, read_metrics
 from run.terminal import log_to_standard_error, run_program, write_now
@@ -78,7 +79,10 @@ def train(config: Config) -> int:
 
 def train_in(lock: RunLock, config: Config) -> int:
     """`train`, with the lock of the run's folder, which is taken as soon as the folder is known to be there."""
-    resumed = distributed.from_main(lambda: where_to_begin(config, lock))
+    start = distributed.from_main(lambda: where_to_begin(config, lock))
+    resumed = start.checkpoint
+    if config.dtype == "auto" and start.dtype:  # another machine would choose another type, say
+        config = dataclasses.replace(config, dtype=start.dtype)
     random.seed(config.seed)  # nothing here draws from the global generators, but a task of the user's may
     torch.manual_seed(config.seed)
 
@@ -104,6 +108,7 @@ def train_in(lock: RunLock, config: Config) -> int:
         state = load_checkpoint(resumed, trainer.optimizer)
         set_random_states(state["random"])
         trainer.load_state_dict(state["trainer"])
+        apply_settings(trainer, start.before)
         first = step = trainer.step_count = state["step"]
         distributed.on_main(lambda: rewind(run_dir, first, config.keep_checkpoints))
 
@@ -140,7 +145,7 @@ def train_in(lock: RunLock, config: Config) -> int:
             stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):
                 log.phase("saving")
-                saved = save(run_dir, step, trainer, metrics)
+                saved = save(run_dir, step, trainer, metrics, start.base)
             if stopping:
                 break
         log.print_summary()
@@ -211,11 +216,11 @@ def find_resumed(config: Config, run_dir: Path) -> Path | None:
     return None
 
 
-def where_to_begin(config: Config, lock: RunLock) -> Path | None:
-    """The checkpoint to continue from, None: the beginning. Refuses a run folder that is in use, holds another run, or
-    cannot be written. This comes before the model is loaded."""
+def where_to_begin(config: Config, lock: RunLock) -> Start:
+    """The checkpoint to continue from, if any. Refuses a run folder that is in use, holds another run, or cannot be
+    written, and options that a resume cannot apply. This comes before the model is loaded."""
     if config.dry_run:
-        return find_resumed(config, new_run_dir(config))
+        return check_resume(config, find_resumed(config, new_run_dir(config)))
     run_dir = new_run_dir(config)
     check_writable(run_dir)
     if run_dir.is_dir():
@@ -228,7 +233,16 @@ def where_to_begin(config: Config, lock: RunLock) -> Path | None:
         )
     if holds_a_run(run_dir) and config.resume is None:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume, or name another --run-dir")
-    return resumed
+    return check_resume(config, resumed)
+
+
+def apply_settings(trainer: GRPO, before: Config | None) -> None:
+    """Let the options of a resumed run be those of its config, which the checkpoint's state does not know."""
+    c = trainer.config
+    for group in trainer.optimizer.param_groups:
+        group |= {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+    if before and (c.entropy_coef, c.entropy_target) != (before.entropy_coef, before.entropy_target):
+        trainer.entropy_coef = trainer.applied_entropy_coef = c.entropy_coef  # an adaptive one begins anew
 
 
 def holds_a_run(run_dir: Path) -> bool:
@@ -302,11 +316,16 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics) -> bool:
+def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics, base_sum: str | None = None) -> bool:
     """Write a checkpoint, by the first process. Returns whether it is there; if not, the log says why, and all earlier
-    checkpoints are untouched."""
+    checkpoints are untouched.
+
+    base_sum: checksum of the base weights that the run needs besides, so that a resume can tell others from them.
+    """
     model, optimizer = whole(trainer.model), whole_optimizer(trainer.optimizer)  # every process takes part
     state = {"random": random_states(), "trainer": trainer.state_dict()}
+    if base_sum is not None:
+        state["base"] = base_sum
     base = trainer.config.ckpt
 
     def adapters(folder: Path) -> None:

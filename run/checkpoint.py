@@ -208,19 +208,41 @@ def load_checkpoint(folder: str | Path, optimizer: torch.optim.Optimizer | None 
     """
     folder = Path(folder)
     verify_checkpoint(folder)
-    try:
-        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        state, settings = {**record["state"], "step": record["step"], "score": record["score"]}, record["optimizer"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(
-            f"{folder / STATE} is not what save_checkpoint writes; resume from another checkpoint"
-        ) from None
+    state, settings = _read_record(folder)
     if optimizer is not None:
         try:
             optimizer.load_state_dict(_join(load_file(folder / OPTIMIZER), settings))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / OPTIMIZER} does not fit this model and optimizer: {error}") from None
     return state
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The trainer's state alone, with "step", "score" and the "dtype" of the weights, and without verifying the
+    checkpoint. Raises FileNotFoundError or ValueError with one line."""
+    state, _ = _read_record(Path(folder))
+    try:
+        dtype = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("dtype")
+    except (ValueError, AttributeError, RecursionError):
+        dtype = None  # verify_checkpoint will say it
+    return {**state, "dtype": dtype}
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trainer's state, and the optimizer's settings."""
+    try:
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return {**record["state"], "step": int(record["step"]), "score": record["score"]}, record["optimizer"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(
+            f"{folder / STATE} is not what save_checkpoint writes; resume from another checkpoint"
+        ) from None
+
+
+def weights_checksum(folder: str | Path) -> str:
+    """SHA-256 over the names and the SHA-256 of all weight files of a folder."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return hashlib.sha256("".join(f"{_sha256(path)}  {path.name}\n" for path in files).encode()).hexdigest()
 
 
 def verify_checkpoint(folder: str | Path) -> None:
