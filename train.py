@@ -336,7 +336,8 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics, base_sum: st
             check_logits(model, trainer.tokenizer)
             save_checkpoint(
                 run_dir, step, model, trainer.tokenizer, optimizer, state, keep=trainer.config.keep_checkpoints,
-                score=metrics.get("eval_reward", metrics.get("eval_greedy_reward")), sound=not metrics.get("update/not_finite"),
+                score=metrics.get("eval_reward", metrics.get("eval_greedy_reward")),
+                sound=not metrics.get("update/not_finite"),
                 extra=adapters if has_lora(model) else None,
             )  # fmt: skip
         except (OSError, NotFiniteError) as error:
