@@ -18,13 +18,13 @@ SMALL = {
     "staleness": ["--updates", "1", "--prompts", "2"],
     "transfer": ["--answers", "2", "--tokens", "8", "--weights", "0.01", "--repeats", "1"],
     "decode": ["--random", "tiny", "--rows", "4", "8", "--group-size", "4", "--new-tokens", "4", "--repeats", "1"],
-    "optimizer": ["--random", "tiny", "--parameters", "100000", "--repeats", "1"],
+    "adamw": ["--random", "tiny", "--parameters", "100000", "--repeats", "1"],
     "memory": ["--random", "tiny", "--lengths", "8", "--groups", "2", "--prompts", "2"],
 }
 
 
 def load(name: str) -> ModuleType:
-    """A script as a module; not by `import`, for the root has an optimizer.py as well."""
+    """A script as a module, loaded from its path: the folder is not on the import path of the tests."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.append(str(BENCHMARKS))  # behind the root; the scripts import common.py and budget.py
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
@@ -44,7 +44,7 @@ def test_the_last_line_is_json_with_the_hardware_and_the_commit(name, capsys):
         assert all(min(r["part_ms"].values()) > 0 for r in results["rows"]), "a part of the decode step was not timed"
     if name == "memory":
         assert all(r[phase]["peak"] >= r[phase]["loaded"] > 0 for r in results for phase in ("rollout", "update"))
-    if name == "optimizer":
+    if name == "adamw":
         assert all(r["ms"] > 0 for r in results["contenders"].values())
 
 
