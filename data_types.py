@@ -1,7 +1,7 @@
-"""The records that travel through the project: Problem -> MiniBatch -> Completion -> Episode.
+"""The records of a training step: Problem -> MiniBatch -> Completion -> Episode.
 
-Plain dataclasses, nothing else: no tensors on a device, no model, no file. Token ids go in and token
-ids come out; text is kept beside them for people and for rewards, and is never encoded again.
+They are plain dataclasses without tensors, models or files. Token ids go in and token ids come out. The text beside
+them is for people and for rewards, and is never encoded again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ FinishReason = Literal["stop", "length", "not_finite"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One task instance: what is asked, and what the answer is checked against."""
+    """One problem of a task: the chat messages, and the reference that an answer is compared with."""
 
     id: str
     messages: list[Message]
-    target: Any  # whatever the task's reward needs: a number, a reference answer, ...
-    response_prefix: str = ""  # put into the assistant's mouth, after the chat template: "...<think>"
+    target: Any  # for the task's reward: a number, a reference answer, ...
+    response_prefix: str = ""  # begin of the assistant's text, behind the rendered chat: "...<think>"
 
 
 class Reward(NamedTuple):
-    """What a response earned: `total` trains, `parts` are logged one by one under their names."""
+    """The reward of a response. `total` is trained on; every part is logged under its name."""
 
     total: float
     parts: dict[str, float]
@@ -33,7 +33,7 @@ class Reward(NamedTuple):
 
 @dataclass
 class MiniBatch:
-    """The prompts of one step, as problems, text and token ids, in the same order."""
+    """The prompts of one step: problems, text and token ids, in the same order."""
 
     problems: list[Problem]
     prompts: list[str]
@@ -51,22 +51,22 @@ class MiniBatch:
 
 @dataclass
 class Completion:
-    """One sampled response. `response_ids` ends with the stop token where there was one; `text` leaves it out."""
+    """One sampled response. `response_ids` ends with the stop token if there was one. `text` does not contain it."""
 
     prompt_index: int
     prompt_ids: list[int]
     response_ids: list[int]
     logprobs: list[float]  # the sampler's log-probability of each response id, before top-k, top-p and min-p
     text: str
-    finish_reason: FinishReason  # "stop": a stop id or stop string; "length": cut at max_new_tokens; "not_finite":
-    # cut where the logits were not finite, its last id drawn from them and of log-probability NaN
+    finish_reason: FinishReason  # "stop": a stop id or stop string. "length": cut at max_new_tokens. "not_finite": cut
+    # because the logits were not finite; its last id was drawn from them and has log-probability NaN
 
 
 @dataclass
 class Episode:
     """One response with its place in a group, its reward and its advantage.
 
-    `temperature` and `vocab_size` say how it was sampled, so that training scores it the same way (DESIGN 7).
+    `temperature` and `vocab_size` are those of the sampler. Training scores the response with the same values.
     """
 
     group_id: int

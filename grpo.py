@@ -51,6 +51,7 @@ from run.config import Config, load_config, preset_for
 from run.options import LossOptions
 from run.pretrained import load_policy, locate_pretrained
 from tasks.curriculum import Curriculum
+from tasks.metric_names import check_names
 from tasks.task_base import QuestionTask, Task
 from tokenizer import Tokenizer
 from update.guards import Guard, name_culprit, not_finite_answer
@@ -102,6 +103,7 @@ def rollout(
         problem = batch.problems[completion.prompt_index]
         broken = completion.finish_reason == "not_finite"
         reward = Reward(math.nan, {}) if broken else task.reward(problem, completion.text)
+        check_names("reward part", reward.parts)
         episodes.append(
             Episode(
                 group_id=first_group_id + completion.prompt_index,

@@ -1,23 +1,19 @@
-"""Tasks with verifiable answers: what is asked, and what a response earns.
+"""Tasks with verifiable answers, and the reward of a response.
 
     task    = CountdownTask(numbers=(3, 4), max_number=99, seed=0)
     problem = task.problem([3, 5, 2], target=13)             # or task.train_problem(7), task.test_problems(512)
     reward  = task.reward(problem, " 3 + 5 * 2 = 13 </think>\n<answer> 3 + 5 * 2 </answer>")
     reward                                                   # Reward(total=1.1, parts={"format": 1.0, "answer": 1.0})
 
-Countdown: reach the target with + - * / and parentheses, using every number exactly once. Reward, prompt and response
-prefix are those of the GRPO-Zero / NanoGRPO lineage: 0.1 * format + answer. It departs in how an answer is judged:
-parsed and computed in exact fractions, never by `eval` (expressions.py says which expressions count); and in where it
-is looked for: behind the thought only (rewards.py says the rule). The prompt's own example, (1 + 2) / 3, is judged as
-any other answer: right for the numbers 1, 2, 3 and target 1, and for nothing else. "3 + 5 * 2 = 13" is an equation, not
-an expression, and earns no answer reward, as in the lineage.
+Countdown: reach the target with + - * / and parentheses, with every number exactly once. Reward, prompt and response
+prefix are those of GRPO-Zero and NanoGRPO: 0.1 * format + answer. Two things differ. An answer is parsed and computed
+in exact fractions, never by `eval` (expressions.py). And an answer counts only behind the thought (rewards.py). The
+example in the prompt, (1 + 2) / 3, is an answer like any other. "3 + 5 * 2 = 13" is an equation, not an expression, and
+earns no answer reward, as in GRPO-Zero.
 
     make_task("arithmetic", num_terms=(2,))                  # by name: see TASKS
     make_task("reasoning_gym:chain_sum")                     # pip install reasoning-gym
-    make_task("path/to/file.py:MyTask")                      # your own; task_base.py shows what it needs
-
-Its other files: task_base.py, what a task is; expressions.py, the parser; rewards.py, format and the answer's place;
-dataset_tasks.py, GSM8K, MATH, JSONL, reasoning-gym; sandbox.py, the worker for your own reward; task_files.py, reading.
+    make_task("path/to/file.py:MyTask")                      # your own; docs/your-own.md shows how
 
 `python math_task.py math_tasks.jsonl` writes a file of arithmetic questions for `MathDataset("math_tasks.jsonl")`.
 """
@@ -36,12 +32,15 @@ from typing import Any
 
 from data_types import Problem
 from tasks.curriculum import arithmetic_levels, countdown_levels
-from tasks.dataset_tasks import Gsm8kTask, MathDataset, MathTask, ReasoningGymTask
-from tasks.expressions import ExpressionError, evaluate_expression, false_sums, plain_number
+from tasks.dataset_tasks import Gsm8kTask, MathDataset, MathTask
+from tasks.expressions import MAX_CHARS, ExpressionError, evaluate_expression, false_sums, plain_number
+from tasks.gym_task import ReasoningGymTask
+from tasks.messages import did_you_mean
 from tasks.rewards import REWARD_PRESETS, answer_block, format_reward, soft_overlong_penalty
-from tasks.sandbox import SandboxedTask, user_task_class
-from tasks.task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, nearest, shuffled_index
-from tasks.task_files import Row, hold_out_last, read_rows
+from tasks.sandbox import FunctionReward, JudgedInWorker, SandboxedTask
+from tasks.task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, shuffled_index
+from tasks.task_files import Row, read_splits
+from tasks.user_files import user_task_class
 
 __all__ = [
     "REWARD_PRESETS",
@@ -74,10 +73,10 @@ COUNTDOWN_REQUEST = (
 
 @dataclass(kw_only=True)
 class CountdownTask(Task):
-    """Countdown problems from a seeded generator, or from the field's parquet data set (columns `nums`, `target`).
+    """Countdown problems from a seeded generator, or from a parquet or JSONL data set with columns `nums` and `target`.
 
     Generated problems are solvable by construction, and one in ten is held out by a hash of (sorted numbers, target).
-    Of a data set the last `n_test` rows are held out, and training rows that repeat one of them are left out.
+    task_files.py says which rows of a data set are held out. Training rows that repeat one of them are left out.
     Raises ValueError or FileNotFoundError, in one line, for settings or data that cannot work.
     """
 
@@ -86,24 +85,31 @@ class CountdownTask(Task):
     max_number: int = 99
     target_range: tuple[int, int] = (1, 100)  # of generated targets, both ends included
     data: str | None = None  # parquet or JSONL, file or folder, instead of the generator
-    n_test: int | None = None  # held-out rows of `data`; None: a tenth, at most 128
+    question_column: str | None = None  # column of the numbers in `data`; None: nums
+    answer_column: str | None = None  # column of the target in `data`; None: target
+    n_test: int | None = None  # held-out rows if no file of `data` is held out; None: a tenth, at most 128
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.numbers = (self.numbers,) if isinstance(self.numbers, int) else tuple(self.numbers)
         if not self.numbers or min(self.numbers) < 1 or max(self.numbers) > 8:
             raise ValueError(f"numbers is {self.numbers}; expected how many numbers a problem has, each from 1 to 8")
         if not 0 <= self.min_number <= self.max_number:
             raise ValueError(f"min_number {self.min_number} and max_number {self.max_number}: expected 0 <= min <= max")
-        self._train, self._test = self._read_data() if self.data else ([], [])
-        if not self.data:
-            self.train_problem(0), self.test_problem(0)  # settings that leave no problem are told now
+        self._train: list[CountdownRow] = []
+        self._test: list[CountdownRow] = []
+        if self.data:
+            self._read_data(self.data)
+        else:
+            self.train_problem(0), self.test_problem(0)  # settings that allow no problem are an error now
 
     def problem(self, numbers: Sequence[int], target: int) -> Problem:
-        """A problem of your own. `numbers`: any sequence or array of integers; the prompt reads [44, 19, 35]."""
+        """A problem of your own. `numbers`: any sequence or array of integers. The prompt shows [44, 19, 35].
+
+        Raises ValueError for numbers that no expression of the parser can use.
+        """
         numbers, target = [_whole_number(n) for n in numbers], _whole_number(target)
-        if not numbers:
-            raise ValueError("a Countdown problem needs at least one number")
+        _check_countdown(numbers, target)
         shown = str(numbers)
         question = f"{shown} = {target}"
         if self.prompt_style != "short":
@@ -113,6 +119,8 @@ class CountdownTask(Task):
 
     def train_problem(self, index: int) -> Problem:
         if self.data:
+            if not self._train:
+                raise ValueError(f"{self.data}: no training rows, only held-out ones; rename the file or folder")
             return self.problem(*self._train[shuffled_index(len(self._train), self.seed, index)])
         return self._generate("train", index)
 
@@ -143,34 +151,42 @@ class CountdownTask(Task):
             return None
         return _countdown_key(numbers, target), (numbers, target)
 
-    def _read_data(self) -> tuple[list[tuple], list[tuple]]:
-        rows = read_rows(self.data, ("nums", "target"))
-        for number, row in enumerate(rows):
-            if not _is_countdown_row(row):
-                raise ValueError(
-                    f"{self.data}, row {number}: expected whole numbers in nums and target, found {row}"[:300]
-                )
-        train, test = hold_out_last(rows, self.n_test, self.data)
-        held_out = {_countdown_key(row["nums"], row["target"]) for row in test}
-        kept = [row for row in train if _countdown_key(row["nums"], row["target"]) not in held_out]
-        if not kept:
-            raise ValueError(
-                f"{self.data}: every training row repeats a held-out one; give more rows or a smaller n_test"
-            )
-        return [(row["nums"], row["target"]) for row in kept], [(row["nums"], row["target"]) for row in test]
+    def _read_data(self, data: str) -> None:
+        names = (self.question_column or "nums", self.answer_column or "target")
+
+        def parse(row: Row) -> CountdownRow:
+            numbers, target = (row[name] for name in names)
+            whole = [*numbers, target] if isinstance(numbers, list) and numbers else [None]
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in whole):
+                raise ValueError(f"expected whole numbers in {names[0]} and {names[1]}, found {row!r:.200}")
+            _check_countdown(numbers, target)
+            return numbers, target
+
+        splits = read_splits(data, names, parse, key=lambda row: _countdown_key(*row), n_test=self.n_test)
+        self._train, self._test, self.data_summary = splits.train, splits.test, splits.summary
+
+
+CountdownRow = tuple[list[int], int]  # numbers, target
 
 
 def _whole_number(number: Any) -> int:
-    """An int from whatever array type a number came in (CHECKLIST 41: `np.int64(44)` has no place in a prompt)."""
+    """An int from the number type of any array: `np.int64(44)` must not appear in a prompt."""
     if int(number) != number:
         raise ValueError(f"a Countdown problem has whole numbers; found {number}")
     return int(number)
 
 
-def _is_countdown_row(row: Row) -> bool:
-    nums, target = row["nums"], row["target"]
-    numbers = [*nums, target] if isinstance(nums, list) and nums else [None]
-    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+def _check_countdown(numbers: list[int], target: int) -> None:
+    """Raise ValueError for a problem that no answer can solve because of the parser's rules."""
+    if not numbers:
+        raise ValueError("a Countdown problem needs at least one number")
+    if min(numbers) < 0:
+        raise ValueError(f"found the number {min(numbers)}; an answer can only use numbers from 0 up")
+    if len(numbers) == 1 and abs(target) != numbers[0]:
+        raise ValueError(f"the number {numbers[0]} alone cannot reach the target {target}")
+    length = len("+".join(map(str, numbers)))
+    if length > MAX_CHARS:
+        raise ValueError(f"the numbers need {length} characters; an answer has at most {MAX_CHARS}")
 
 
 def _countdown_key(numbers: Sequence[int], target: int) -> str:
@@ -178,7 +194,7 @@ def _countdown_key(numbers: Sequence[int], target: int) -> str:
 
 
 def _random_result(numbers: Sequence[int], generator: random.Random) -> int | None:
-    """Value of a random expression over all the numbers, or None where a division does not come out even."""
+    """Value of a random expression over all the numbers, or None if a division has a remainder."""
     values = list(numbers)
     while len(values) > 1:
         a, b = values.pop(generator.randrange(len(values))), values.pop(generator.randrange(len(values)))
@@ -191,14 +207,14 @@ def _random_result(numbers: Sequence[int], generator: random.Random) -> int | No
 
 @dataclass(kw_only=True)
 class ArithmeticTask(QuestionTask):
-    """Questions such as "What is 12 + 7 * 3?" from a seeded generator; one question in ten is held out by its hash."""
+    """Questions such as "What is 12 + 7 * 3?" from a seeded generator. One question in ten is held out by its hash."""
 
     num_terms: tuple[int, ...] = (2, 3)  # how many terms a question may have
-    num_digits: tuple[int, ...] = (1, 2)  # how many digits each of them has
+    num_digits: tuple[int, ...] = (1, 2)  # how many digits each term has
     mix: tuple[tuple[int, int], ...] | None = None  # pairs (terms, digits) instead of every combination of the two
-    operators: str = "+-*"  # "/" may be among them; answers are then fractions such as 7/2
+    operators: str = "+-*"  # with "/", answers are fractions such as 7/2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         combinations = itertools.product(self.num_terms, self.num_digits) if self.mix is None else self.mix
         self._mix = [tuple(pair) for pair in combinations]
@@ -206,7 +222,7 @@ class ArithmeticTask(QuestionTask):
             raise ValueError(f"arithmetic has (terms, digits) {self._mix}; expected pairs, each number from 1 to 12")
         if not self.operators or set(self.operators) - set("+-*/"):
             raise ValueError(f"operators is {self.operators!r}; expected some of + - * /")
-        self.train_problem(0), self.test_problem(0)  # settings that leave no problem are told now
+        self.train_problem(0), self.test_problem(0)  # settings that allow no problem are an error now
 
     def train_problem(self, index: int) -> Problem:
         return self._generate("train", index)
@@ -249,13 +265,13 @@ GYM = "reasoning_gym:"
 def make_task(name: str, **options: Any) -> Task:
     """The task of a name in TASKS, of reasoning_gym:NAME, or of path/to/file.py:MyTask, with the options of its class.
 
-    The reward of a task of your own runs in a worker process (sandbox.py). Raises ValueError or FileNotFoundError, in
-    one line, for an unknown name or option, the nearest known one beside it.
+    The reward of your own task runs in a worker process (sandbox.py). Raises ValueError or FileNotFoundError, in one
+    line, for an unknown name or option, with the nearest known one.
     """
     known = task_options(name)
     for option in options:
         if option not in known:
-            raise ValueError(f"task {name} has no option {option}{nearest(option, known)}")
+            raise ValueError(f"task {name} has no option {option}{did_you_mean(option, known)}")
     if name in TASKS:
         return TASKS[name](**options)
     if name.startswith(GYM):
@@ -273,20 +289,26 @@ def task_options(name: str) -> list[str]:
         cls = user_task_class(name)
     else:
         names = [*TASKS, GYM + "NAME", "path/to/file.py:MyTask"]
-        raise ValueError(f"task {name!r} is not known{nearest(name, names)}")
+        raise ValueError(f"task {name!r} is not known{did_you_mean(name, names)}")
     return [option for option in inspect.signature(cls).parameters if option != "dataset"]
 
 
 def task_from_config(config: Any) -> Task:
-    """The task `config.task`, with those of its options that the config has under the same name and are not None.
+    """The task `config.task`, with the config's options of the same names that are not None.
 
-    The weights of `config.reward_preset` take the place of the single ones.
+    The weights of `config.reward_preset` replace the single ones. `config.reward`, "path/to/file.py:function", replaces
+    the task's reward. Your own code is called once, so that its mistakes are errors of one line now.
     """
     known = task_options(config.task)
     options = {name: getattr(config, name, None) for name in known}
     preset = REWARD_PRESETS.get(getattr(config, "reward_preset", "none"), {})
     options |= {name: weight for name, weight in preset.items() if name in known}
-    return make_task(config.task, **{name: value for name, value in options.items() if value is not None})
+    task = make_task(config.task, **{name: value for name, value in options.items() if value is not None})
+    if source := getattr(config, "reward", None):
+        task = FunctionReward(task, source)
+    if isinstance(task, JudgedInWorker):
+        task.check_reward()
+    return task
 
 
 def write_math_tasks(path: str | Path, n: int = 1000, seed: int = 0) -> None:

@@ -96,6 +96,8 @@ def train_in(lock: RunLock, config: Config) -> int:
     held_out = task.test_problems(config.eval_problems)
     check_room(trainer, held_out)
     say(describe(trainer))
+    if task.data_summary:
+        say(f"data: {task.data_summary}")
     if config.dry_run:
         peak = max(distributed.gather_each(dry_run(trainer)))
         say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")

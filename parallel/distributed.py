@@ -38,6 +38,7 @@ from torch import Tensor
 
 from data_types import Episode
 from model.memory import is_out_of_memory
+from tasks.messages import first_line
 
 T = TypeVar("T")
 BUCKET = 2**24  # elements of the gradient that are summed at a time: a buffer of 64 MiB of fp32
@@ -326,7 +327,7 @@ def _who_is_gone(error: Exception) -> str:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, but this rank is about to end anyway
     store = _store
     if store is None:  # the process group was not started here
-        return f"the connection to the other ranks broke ({_first_line(error)})"
+        return f"the connection to the other ranks broke ({first_line(error)})"
     number, others = dist.get_rank(), [i for i in range(dist.get_world_size()) if i != dist.get_rank()]
     try:
         store.set(f"end of {number}", "")
@@ -336,16 +337,12 @@ def _who_is_gone(error: Exception) -> str:
             time.sleep(0.05)
         words = {i: store.get(f"end of {i}").decode() if store.check([f"end of {i}"]) else None for i in others}
     except dist.DistError:
-        return f"the connections to the other ranks and to torchrun broke ({_first_line(error)})"
-    said = [f"rank {i} ended with {_first_line(word)}" for i, word in words.items() if word]
+        return f"the connections to the other ranks and to torchrun broke ({first_line(error)})"
+    said = [f"rank {i} ended with {first_line(word)}" for i, word in words.items() if word]
     silent = [f"rank {i}" for i, word in words.items() if word is None]
     if silent:
         said.append(f"{' and '.join(silent)} left no message: killed, or it hangs")
-    return "; ".join(said) or f"the connection between the ranks broke ({_first_line(error)})"
-
-
-def _first_line(text: object) -> str:
-    return str(text).strip().split("\n")[0][:300]
+    return "; ".join(said) or f"the connection between the ranks broke ({first_line(error)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import re
@@ -32,6 +31,7 @@ import tyro
 import yaml
 
 from run.terminal import printable, say
+from tasks.messages import closest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -148,8 +148,7 @@ def _unknown(word: str, known: list[str]) -> str:
     if known[0].startswith("--") and not word.startswith("--"):
         return f"unexpected argument {word!r}"
     word = word.partition("=")[0]
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
-    return f"unknown option {word}, the nearest known one is {near}; --help lists all"
+    return f"unknown option {word}, the nearest known one is {closest(word, known)}; --help lists all"
 
 
 def _sentence(box: str) -> str:

@@ -84,6 +84,12 @@ class TaskOptions:
     """countdown, arithmetic, gsm8k, math, jsonl, reasoning_gym:NAME or path/to/file.py:MyTask."""
     data: str | None = None
     """Data file, folder or Hugging Face data set id. None: the task's generator or its usual data set."""
+    question_column: str | None = None
+    """Column of the question in --data (countdown: of the numbers). None: the task's usual name."""
+    answer_column: str | None = None
+    """Column of the answer in --data (countdown: of the target). None: the task's usual name."""
+    reward: str | None = None
+    """A function of your own as the reward: path/to/file.py:function. None: the task's own reward."""
     numbers: tuple[Count, ...] = (3, 4)
     """Countdown: how many numbers a problem may have."""
     min_number: NumberOrNone = 1

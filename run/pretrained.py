@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from model.qwen2_config import Qwen2Config
 from qwen2_llm import Qwen2ForCausalLM
 from run.config import Config
+from tasks.messages import first_line, home_path
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ def locate_pretrained(name: str) -> Path:
 
     Raises FileNotFoundError that says what was looked for, where, and how to get it.
     """
-    candidates = [Path(name).expanduser(), ROOT / "assets" / name, ROOT / "models" / name, Path("models") / name]
+    candidates = [home_path(name), ROOT / "assets" / name, ROOT / "models" / name, Path("models") / name]
     for folder in candidates:
         if folder.is_dir():
             return folder
@@ -41,10 +42,10 @@ def locate_pretrained(name: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"--ckpt {name}: no folder of that name here, under assets/ or under models/, and {repo} could not be "
-            f"fetched ({reason[:150]}); with a network, run: hf download {repo} --local-dir models/{Path(name).name}"
+            f"fetched ({first_line(error)[:150]}); with a network, run: "
+            f"hf download {repo} --local-dir models/{Path(name).name}"
         ) from None
 
 

@@ -24,7 +24,6 @@ Shape letters: N flat tokens, H query heads, G key-value heads, K head size, F f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from model.attention import Attend, EagerAttention
 from model.layout import Layout
 from qwen2_llm import MLP, Attention, Qwen2ForCausalLM
+from tasks.messages import closest
 
 Edit = Callable[[Tensor], Tensor]
 HEADS = ("q", "k", "v")  # where in attend(layer, q, k, v) they stand
@@ -182,5 +182,5 @@ class _TappedAttention:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    near = closest(name, known)
     return f"no activation is called {name!r}; the nearest is {near!r} (activations.names(model) lists all)"

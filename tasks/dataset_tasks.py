@@ -1,25 +1,21 @@
-"""Questions from files, from the Hub and from reasoning-gym.
+"""Questions from files and from the Hub.
 
-    MathDataset("math_tasks.jsonl")                # question, answer: also any JSONL or parquet file of your own
+    MathDataset("math_tasks.jsonl")                # question, answer: also your own JSONL or parquet, file or folder
     Gsm8kTask(data="openai/gsm8k")                 # question, answer with "#### 42" at its end
     MathTask(data="EleutherAI/hendrycks_math")     # problem, solution with \\boxed{...}; needs math-verify
-    ReasoningGymTask(dataset="chain_sum")          # any data set of reasoning-gym; needs reasoning-gym
 
-`data` is a file, a folder, or a Hub id, which is fetched with huggingface_hub. Files whose name begins with "test" are
-held out; where there are none, the last `n_test` rows are.
+`data` is a file, a folder, or a Hub id, which huggingface_hub fetches. task_files.py says which files are held out.
+`question_column` and `answer_column` name other columns.
 
-Answers to MATH and reasoning-gym are judged by libraries, in a worker process with a deadline (sandbox.py), because a
-model can write an answer that keeps a computer-algebra system busy for years: such an answer is wrong.
+A library judges answers to MATH, in a worker process with a deadline (worker.py), because a model can write an answer
+that keeps a computer-algebra system busy for years. Such an answer is wrong.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
 import heapq
 import importlib.util
-import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,26 +23,34 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_types import Problem
-from tasks.expressions import plain_number
-from tasks.sandbox import Worker, WorkerError
-from tasks.task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, nearest, shuffled_index
-from tasks.task_files import Row, data_files, find_data, hold_out_last, read_rows
+from tasks.expressions import plain_number, unwrapped
+from tasks.messages import home_path
+from tasks.task_base import QuestionTask, answer_text, shuffled_index
+from tasks.task_files import SUFFIXES, Row, read_splits
+from tasks.worker import Worker, WorkerError
 
 Pair = tuple[str, str]  # question, answer
 CHECK_DEADLINE_S = 3.0  # for one answer
-POOL = 10_000  # items of a reasoning-gym data set; some generators build all of them at once
 
 
 @dataclass(kw_only=True)
 class RowTask(QuestionTask):
-    """A task over (question, answer) rows: a subclass fills `_train` and `_test`."""
+    """A task with (question, answer) rows from files. `columns` are the names of the two columns."""
 
+    columns: ClassVar[tuple[str, str]] = ("question", "answer")
+    data: str | Path
+    question_column: str | None = None  # None: the name in `columns`
+    answer_column: str | None = None
+    n_test: int | None = None  # held-out rows if no file is held out; None: a tenth, at most 128
     _train: list[Pair] = field(default_factory=list, init=False, repr=False)
     _test: list[Pair] = field(default_factory=list, init=False, repr=False)
 
     def train_problem(self, index: int) -> Problem:
         if not self._train:
-            raise ValueError(f"{self.data}: no training rows, only held-out ones")
+            raise ValueError(
+                f"{self.data}: no training rows, only held-out ones; give a file or folder without the word test, "
+                "validation, valid, eval or dev in its name"
+            )
         return self.problem_from(*self._train[shuffled_index(len(self._train), self.seed, index)])
 
     def test_problem(self, index: int) -> Problem:
@@ -55,95 +59,113 @@ class RowTask(QuestionTask):
     def longest_problems(self, n: int) -> list[Problem]:
         return [self.problem_from(*pair) for pair in heapq.nlargest(n, self._train, key=lambda pair: len(pair[0]))]
 
+    @property
+    def _names(self) -> tuple[str, str]:
+        return self.question_column or self.columns[0], self.answer_column or self.columns[1]
+
+
+def _same_question(question: str) -> str:
+    """Equal for questions that differ in white space or case only."""
+    return " ".join(question.split()).casefold()
+
 
 @dataclass
 class MathDataset(RowTask):
     """Rows with the keys question and answer, and num_terms and num_digits as in tiny-grpo's math_tasks.jsonl.
 
-    Iterating gives every (question, answer) of the file in order. As a task, the last `n_test` rows are held out.
-    Raises FileNotFoundError, or ValueError naming the row, for a file that does not hold such rows.
+    Iteration gives every (question, answer) of the files in order. Raises FileNotFoundError, or ValueError with file
+    and row, for data without such rows and for a row that no response or an empty response can match.
     """
 
     data: str | Path = "math_tasks.jsonl"
-    n_test: int | None = None  # None: a tenth, at most 128
+    n_test: int | None = None
     max_terms: int | None = None  # only questions with at most so many terms ...
-    max_digits: int | None = None  # ... and digits; rows that do not say how many are left out then
+    max_digits: int | None = None  # ... and digits; a row without these numbers is then left out
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if not Path(self.data).exists():
+        if not home_path(self.data).exists() and home_path(self.data).suffix in SUFFIXES:
             raise FileNotFoundError(f"{self.data}: no such file; `python math_task.py {self.data}` writes one")
-        rows = read_rows(self.data, ("question", "answer"), optional=("num_terms", "num_digits"))
-        for number, row in enumerate(rows, start=1):
-            _check_question_row(f"{self.data}, row {number}", row)
-        self.rows = [row for row in rows if self._wanted(row)]
-        if not self.rows:
-            raise ValueError(f"{self.data}: no question with max_terms {self.max_terms}, max_digits {self.max_digits}")
-        self._train, self._test = hold_out_last(list(self), self.n_test, self.data)
+        limited = self.max_terms is not None or self.max_digits is not None
+        splits = read_splits(
+            self.data,
+            self._names,
+            self._parse,
+            key=lambda row: _same_question(row["question"]),
+            n_test=self.n_test,
+            optional=("num_terms", "num_digits"),
+            empty=f"no question with max_terms {self.max_terms}, max_digits {self.max_digits}"
+            if limited
+            else "no rows",
+        )
+        self.rows, self.data_summary = splits.rows, splits.summary
+        self._train, self._test = ([_pair(row) for row in rows] for rows in (splits.train, splits.test))
 
     def __iter__(self) -> Iterator[Pair]:
-        return ((row["question"], str(row["answer"])) for row in self.rows)
+        return (_pair(row) for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _wanted(self, row: Row) -> bool:
+    def _parse(self, row: Row) -> Row | None:
+        question, answer = (row.pop(name) for name in self._names)
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question is {question!r:.200}, expected text")
+        if isinstance(answer, str) and (mark := re.search(r"####\s*\S+\s*$", answer)):
+            raise ValueError(f"the answer is a solution that ends with {mark[0].strip()!r}; did you mean --task gsm8k?")
+        if isinstance(answer, str) and plain_number(answer) is None and last_boxed(answer):
+            raise ValueError("the answer is a solution with \\boxed{...}; did you mean --task math?")
+        answer_text(answer)  # refuses what cannot be matched
         limits = {"num_terms": self.max_terms, "num_digits": self.max_digits}
-        return all(limit is None or row.get(key, limit + 1) <= limit for key, limit in limits.items())
+        for name in limits:
+            if name in row and (isinstance(row[name], bool) or not isinstance(row[name], int)):
+                raise ValueError(f"{name} is {row[name]!r:.200}, expected a whole number")
+        wanted = all(limit is None or row.get(name, limit + 1) <= limit for name, limit in limits.items())
+        return {"question": question, "answer": answer, **row} if wanted else None
 
 
-def _check_question_row(where: str, row: Row) -> None:
-    if not isinstance(row["question"], str) or not row["question"].strip():
-        raise ValueError(f"{where}: question is {row['question']!r}, expected text"[:300])
-    if isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
-        raise ValueError(f"{where}: answer is {row['answer']!r}, expected text or a number"[:300])
-    for key in ("num_terms", "num_digits"):
-        if key in row and (isinstance(row[key], bool) or not isinstance(row[key], int)):
-            raise ValueError(f"{where}: {key} is {row[key]!r}, expected a whole number"[:300])
+def _pair(row: Row) -> Pair:
+    return row["question"], str(row["answer"])
 
 
 @dataclass(kw_only=True)
 class ReleasedTask(RowTask):
-    """A released data set: `columns` and `pair_of` say what a row holds, `data` and `subset` where the rows are."""
+    """A released data set with worked solutions: `answer_of` takes the final answer out of a solution."""
 
-    columns: ClassVar[tuple[str, str]]
     data: str
-    subset: str | None = None  # a folder inside `data`, where the release has several
-    n_test: int | None = None  # held-out rows where no file is named "test..."; None: a tenth, at most 128
+    subset: str | None = None  # a folder inside `data`, if the release has several
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        folder = find_data(self.data)
-        if self.subset and (folder / self.subset).is_dir():
-            folder = folder / self.subset
-        files = data_files(folder)
-        held_out = [file for file in files if file.name.startswith("test")]
-        train = [pair for file in files if file not in held_out for pair in self._pairs(file)]
-        test = [pair for file in held_out for pair in self._pairs(file)]
-        self._train, self._test = (train, test) if test else hold_out_last(train, self.n_test, folder)
+        splits = read_splits(
+            self.data,
+            self._names,
+            self._parse,
+            key=lambda pair: _same_question(pair[0]),
+            n_test=self.n_test,
+            subset=self.subset,
+        )
+        self._train, self._test, self.data_summary = splits.train, splits.test, splits.summary
 
-    def _pairs(self, file: Path) -> list[Pair]:
-        pairs = []
-        for number, row in enumerate(read_rows(file, self.columns), start=1):
-            question, solution = (row[column] for column in self.columns)
-            if not isinstance(question, str) or not isinstance(solution, str):
-                raise ValueError(f"{file}, row {number}: expected text in {' and '.join(self.columns)}")
-            answer = self.answer_of(solution)
-            if not answer:
-                raise ValueError(f"{file}, row {number}: no final answer in {self.columns[1]}: ...{solution[-60:]!r}")
-            pairs.append((question, answer))
-        return pairs
+    def _parse(self, row: Row) -> Pair:
+        question, solution = (row[name] for name in self._names)
+        if not isinstance(question, str) or not isinstance(solution, str) or not question.strip():
+            raise ValueError(f"expected text in {' and '.join(self._names)}")
+        answer = self.answer_of(solution)
+        if not answer:
+            hint = "if this is the answer itself, take --task jsonl"
+            raise ValueError(f"no final answer in {self._names[1]}: ...{solution[-60:]!r}; {hint}")
+        return question, answer_text(answer)
 
     def answer_of(self, solution: str) -> str | None:
-        """The final answer of a worked solution, or None where there is none."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where its answers stand")
+        """The final answer of a worked solution, or None if there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has no method answer_of")
 
 
 @dataclass(kw_only=True)
 class Gsm8kTask(ReleasedTask):
-    """Grade-school word problems (Cobbe et al. 2021, arXiv 2110.14168): the answer is the number behind "####"."""
+    """Grade-school word problems (Cobbe et al. 2021, arXiv 2110.14168). The answer is the number behind "####"."""
 
-    columns: ClassVar[tuple[str, str]] = ("question", "answer")
     data: str = "openai/gsm8k"
     subset: str | None = "main"
 
@@ -154,16 +176,16 @@ class Gsm8kTask(ReleasedTask):
 
 @dataclass(kw_only=True)
 class MathTask(ReleasedTask):
-    """Competition problems (Hendrycks et al. 2021, arXiv 2103.03874): the answer is the last \\boxed{...}.
+    """Competition problems (Hendrycks et al. 2021, arXiv 2103.03874). The answer is the last \\boxed{...}.
 
-    Answers are compared by math-verify, so that 0.5, 1/2 and \\frac{1}{2} are equal.
+    math-verify compares answers, so 0.5, 1/2 and \\frac{1}{2} are equal.
     """
 
     columns: ClassVar[tuple[str, str]] = ("problem", "solution")
     example_answer: ClassVar[str] = r"\frac{1}{2}"
     data: str = "EleutherAI/hendrycks_math"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         need_library("math_verify", "math-verify")
         super().__post_init__()
         self._worker = Worker("tasks.dataset_tasks:math_checker", deadline_s=CHECK_DEADLINE_S)
@@ -173,12 +195,12 @@ class MathTask(ReleasedTask):
         return last_boxed(solution)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether math-verify finds the answer equal to the reference; an answer it cannot judge in time is wrong."""
+        """Whether math-verify finds the answer equal to the reference. An answer that takes too long is wrong."""
         answer = answer.strip()
         return answer == problem.target.strip() or (len(answer) <= 500 and self._check(problem.target, answer))
 
     def _ask(self, reference: str, answer: str) -> bool:
-        return _verdict(self._worker, reference, answer) is True
+        return verdict(self._worker, reference, answer) is True
 
 
 def math_checker() -> Callable[[str, str], bool]:
@@ -186,25 +208,31 @@ def math_checker() -> Callable[[str, str], bool]:
     from math_verify import parse, verify
 
     def equal(reference: str, answer: str) -> bool:
-        wanted = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
-        given = parse(answer if "\\boxed" in answer or "$" in answer else f"${answer}$", parsing_timeout=None)
+        wanted = parse(f"\\boxed{{{plain_formula(reference)}}}", parsing_timeout=None)
+        given = parse(formula_in_dollars(answer), parsing_timeout=None)
         return bool(verify(wanted, given, timeout_seconds=None))
 
     return equal
 
 
-def _verdict(worker: Worker, *arguments: Any) -> Any:
-    """What the worker says of an answer, or None where the answer made it fail or kept it busy too long."""
-    try:
-        return worker.call(*arguments)
-    except WorkerError as error:
-        if error.kind == "start":
-            raise  # not the answer's fault
-        return None
+def formula_in_dollars(answer: str) -> str:
+    """An answer as math-verify reads it: `\\[5\\]`, `**5**` and `\\$5` become `$5$`; prose keeps its own formulas."""
+    answer = plain_formula(answer)
+    if "$" in answer or "\\boxed" in answer:
+        return answer
+    marked = re.sub(r"(?<!\\)\\[()\[\]]", "$", answer)  # not \\[2pt], a line break of a matrix
+    return marked if marked != answer else f"${answer}$"
+
+
+def plain_formula(text: str) -> str:
+    """A formula without Markdown, delimiters and currency signs, which math-verify does not read everywhere."""
+    text = unwrapped(text.replace("\u2212", "-"))
+    text = re.sub(r"^([-+]?)\s*\\?\$\s*(?=[-+.0-9][^$]*$)", r"\1", text)
+    return re.sub(r"(?<=[0-9])\\[,!](?=[0-9]{3})", "", text)  # 1\,234
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...}, braces matched; \\boxed 5 and \\fbox{...} of old solutions are read too."""
+    """The content of the last \\boxed{...}, with matched braces. Also reads \\boxed 5 and \\fbox{...}."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     rest = text[start:].partition("box")[2].removeprefix("ed") if start >= 0 else ""
     if not rest.startswith("{"):
@@ -217,84 +245,17 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-@dataclass(kw_only=True)
-class ReasoningGymTask(Task):
-    """Any data set of reasoning-gym, judged by its own scorer, 0 to 1.
-
-    Problems are drawn from POOL items, the same for the same seed; one question in ten is held out by its hash. Some
-    scorers (see EVALUATING) hand the answer to `eval`; they are given only what cannot be a program.
-    """
-
-    dataset: str
-    config: dict[str, Any] = field(default_factory=dict)  # options of the data set: {"max_terms": 4}
-
-    def __post_init__(self):
-        super().__post_init__()
-        need_library("reasoning_gym", "reasoning-gym")
-        self._items = _reasoning_gym_items(self.dataset, self.config)
-        self._worker = Worker("tasks.dataset_tasks:reasoning_gym_scorer", (self.dataset, self.config), CHECK_DEADLINE_S)
-        self.train_problem(0), self.test_problem(0)  # a data set with too few questions is told now
-
-    def train_problem(self, index: int) -> Problem:
-        return self._problem("train", index)
-
-    def test_problem(self, index: int) -> Problem:
-        return self._problem("test", index)
-
-    def _problem(self, split: Split, index: int) -> Problem:
-        number, item = draw_problem(f"reasoning_gym {self.dataset}", self.seed, split, index, self._draw)
-        request = "" if self.prompt_style == "short" else "\n" + TAG_REQUEST.format(example="your answer")
-        messages = self.messages(item["question"] + request)
-        return Problem(f"{self.dataset} {number}", messages, item, self.response_prefix)
-
-    def _draw(self, generator: random.Random) -> tuple[str, tuple[int, dict]]:
-        number = generator.randrange(POOL)
-        item = self._items[number]
-        return item["question"], (number, item)
-
-    def score(self, problem: Problem, answer: str) -> float:
-        answer = answer.strip()
-        if self.dataset in EVALUATING and not is_harmless(answer):
-            return 0.0
-        return min(1.0, max(0.0, _verdict(self._worker, answer, problem.target) or 0.0))
-
-
-def _reasoning_gym_items(dataset: str, config: dict[str, Any]) -> Any:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if dataset not in DATASETS:
-        raise ValueError(f"reasoning_gym:{dataset}: no such data set{nearest(dataset, DATASETS)}")
+def verdict(worker: Worker, *arguments: Any) -> Any:
+    """The worker's value for an answer, or None if the answer made it fail or kept it busy too long."""
     try:
-        return reasoning_gym.create_dataset(dataset, seed=0, size=POOL, **config)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"reasoning_gym:{dataset}: {config} do not fit ({error})".replace("\n", " ")) from error
-
-
-def reasoning_gym_scorer(dataset: str, config: dict[str, Any]) -> Callable[[str, dict], float]:
-    """Runs in the worker."""
-    items = _reasoning_gym_items(dataset, config)
-    return lambda answer, item: float(items.score_answer(answer, item))
-
-
-# Data sets of reasoning-gym 0.1.25 whose scorer evaluates the answer, by `eval` or by sympy's parser, which uses it.
-EVALUATING = {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"}
-EVALUATING |= {"puzzle24", "simple_integration", "spiral_matrix", "string_insertion"}
-_MATHEMATICAL = re.compile(r"[A-Za-z0-9_\s+*/^().,|-]{0,2000}")
-_CALL_OR_ATTRIBUTE = re.compile(r"[A-Za-z0-9_)]\s*\(|\.\s*[A-Za-z_]|\w_|_\w")  # a lone _ is an empty square
-_FUNCTION = re.compile(r"\b(?:a?(?:sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|Abs)\s*\(")
-
-
-def is_harmless(answer: str) -> bool:
-    """Whether evaluating the answer cannot run anything: a Python literal, or a formula of known functions."""
-    if len(answer) <= 2000:
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            ast.literal_eval(answer)
-            return True
-    return _MATHEMATICAL.fullmatch(answer) is not None and not _CALL_OR_ATTRIBUTE.search(_FUNCTION.sub("(", answer))
+        return worker.call(*arguments)
+    except WorkerError as error:
+        if error.kind == "start":
+            raise  # not the answer's fault
+        return None
 
 
 def need_library(module: str, package: str) -> None:
-    """Raise ValueError, in one line, where an optional library is not installed."""
+    """Raise ValueError, in one line, if an optional library is not installed."""
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"this task needs {package}, which is not installed: pip install {package}")

@@ -110,8 +110,9 @@ class _Parser:
 
 _SIGNS = str.maketrans("×·⋅∗÷∕⁄−–", "****///--")
 _LATEX_COMMA = re.compile(r"\{,\}|,\\!")  # 1{,}234
-_WRAPPED = re.compile(  # **5**, $5$, \(5\), \[5\], \boxed{5}, \text{5}, `5`
-    r"\*{1,3}([^*]+)\*{1,3}|\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|\\(?:boxed|text)\s*\{(.+)\}|`([^`]+)`",
+_WRAPPED = re.compile(  # **5**, $5$, \(5\), \[5\], `5`, \boxed{5}, \text{5}
+    r"\*{1,3}([^*]+)\*{1,3}|\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]|`([^`]+)`"
+    r"|\\(?:boxed|text)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}",
     re.DOTALL,
 )
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\s*(?:\{([0-9 ]+)\}\s*\{([0-9 ]+)\}|([0-9])([0-9]))")
@@ -122,18 +123,27 @@ _NUMBER = re.compile(
 )
 
 
+def unwrapped(text: str) -> str:
+    """An answer without up to four layers of Markdown or LaTeX around all of it, and without a full stop there."""
+    for _ in range(4):
+        text = text.strip()
+        match = _WRAPPED.fullmatch(text.removesuffix("."))
+        if match is None:
+            break
+        text = match[match.lastindex or 0]
+    return text.strip()
+
+
 def plain_number(text: str) -> Fraction | None:
     """The value of a text that is one number: `42`, `-7`, `+7`, `.5`, `1,234`, `7/2`, `1e-05`, `-$5`, `**5**`, `$5$`.
 
     A currency sign, a full stop, Markdown and LaTeX around the number are removed, because word problems are answered
     that way. Returns None for every other text, also for `6 * 7` and `42 apples`.
     """
-    if len(text) > 1000 or len(text := text.strip().translate(_SIGNS)) > 100:
+    text = text.strip().translate(_SIGNS) if len(text) <= 1000 else ""
+    if len(text) > 100:
         return None
-    for _ in range(4):
-        text = text.strip()
-        if match := _WRAPPED.fullmatch(text.removesuffix(".")):
-            text = match[match.lastindex or 0]
+    text = unwrapped(text)
     text = _LATEX_COMMA.sub(",", text)
     if match := _FRACTION.fullmatch(text):
         sign, *parts = (part for part in match.groups() if part is not None)

@@ -1,15 +1,14 @@
-"""What a response earns for its form: format, language, repetition, length; and where its answer stands.
+"""Rewards for the form of a response (format, language, repetition, length), and the place of its answer.
 
-The format is that of the lineage (GRPO-Zero, NanoGRPO): the thought in `<think> </think>`, then white space, then the
-answer in `<answer> </answer>`, and nothing after. It departs from the lineage in two ways. Tags are found with
-`str.find` and counted, not matched by a regex: a regex with two lazy stars needs quadratic time on hostile text, and
-lets a second `</think>` or `<answer>` slip through as content. And an answer counts only where the thought has ended.
+The format is that of GRPO-Zero and NanoGRPO: the thought in `<think> </think>`, then white space, then the answer in
+`<answer> </answer>`, and nothing after. Two things differ. Tags are found with `str.find` and counted. A regex with two
+lazy stars needs quadratic time on hostile text, and accepts a second `</think>` or `<answer>` as content. And an answer
+counts only behind the end of the thought.
 
-The rule for the answer, in full: the answer is what stands between `<answer>` and `</answer>` behind the first
-`</think>` (in the whole text where there are no think tags at all). There must be exactly one such pair, and no think
-tag behind the first `</think>`. So an answer block inside the thought does not count, two answer blocks behind it are
-no answer, nested tags are no answer, and an unfinished thought has no answer. Text behind `</answer>` costs the full
-format but not the answer.
+The complete rule: the answer is the text between `<answer>` and `</answer>` behind the first `</think>` (in the whole
+text if there are no think tags). There must be exactly one such pair, and no think tag behind the first `</think>`. So
+an answer block inside the thought does not count. Two answer blocks behind it, nested tags, and an unfinished thought
+are no answer. Text behind `</answer>` costs the full format but not the answer.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from data_types import Problem
 from tasks.expressions import false_sums
 
 THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "</think>", "<answer>", "</answer>"
-THINK_CREDIT, ANSWER_CREDIT = 0.1, 0.5  # the lineage's partial credit for a pair of tags
+THINK_CREDIT, ANSWER_CREDIT = 0.1, 0.5  # partial credit for a pair of tags, as in GRPO-Zero
 
-# Sets of weights that are known by what they pay: make_task("gsm8k", **REWARD_PRESETS["correct-format-language"])
+# Known sets of weights: make_task("gsm8k", **REWARD_PRESETS["correct-format-language"])
 REWARD_PRESETS = {
     "lineage": {"answer_weight": 1.0, "format_weight": 0.1},
     "correct-format-language": {"answer_weight": 1.0, "format_weight": 0.25, "language_weight": 0.10},
 }
 
-MAX_JUDGED_CHARS = 20_000  # language and repetition look at so much of a text: bounded time
+MAX_JUDGED_CHARS = 20_000  # of a text, for language and repetition: bounded time
 _LETTER = re.compile(r"[^\W\d_]")
 _LATIN, _HAN = "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff", "\u3400-\u4dbf\u4e00-\u9fff"
 SCRIPTS = {
@@ -46,9 +45,9 @@ SCRIPTS = {
 
 
 def whole_text(problem: Problem, response: str) -> str:
-    """The assistant's text that is judged: the `<think>` of the response prefix, where it has one, and the response.
+    """The assistant's text that is judged: the `<think>` of the response prefix, if it has one, and the response.
 
-    A response that opens its thought again is taken as it is: one `<think>` is enough.
+    A response that opens its thought again stays as it is: one `<think>` is enough.
     """
     prefilled = THINK_OPEN in problem.response_prefix and not response.lstrip().startswith(THINK_OPEN)
     return (THINK_OPEN if prefilled else "") + response
@@ -76,7 +75,7 @@ def _has_pair(text: str, opening: str, closing: str) -> bool:
 
 
 def answer_block(text: str) -> str | None:
-    """What stands in the answer tags, by the rule in the module's docstring; None where there is no answer."""
+    """The text in the answer tags by the rule in the module's docstring, or None if there is no answer."""
     if THINK_OPEN in text or THINK_CLOSE in text:
         text = text.partition(THINK_CLOSE)[2]
     once = text.count(ANSWER_OPEN) == 1 and text.count(ANSWER_CLOSE) == 1
@@ -93,10 +92,10 @@ def think_block(text: str) -> str:
 
 
 def language_consistency(text: str, script: str) -> float:
-    """Share of the letters that belong to a script of SCRIPTS, 0 to 1; 1 where there are none (DeepSeek-R1, 2.3.1).
+    """Share of the letters that belong to a script of SCRIPTS, 0 to 1, or 1 without letters (DeepSeek-R1, 2.3.1).
 
-    In steps of a tenth: advantages are divided by a group's deviation, so that a share of .998 beside .999 would turn a
-    single stray letter into a full-strength gradient.
+    It is rounded to a tenth. Advantages are divided by a group's deviation, so a share of .998 beside .999 would turn a
+    single letter into a full-strength gradient.
     """
     letters = "".join(_LETTER.findall(text[:MAX_JUDGED_CHARS]))
     own = len(re.findall(f"[{SCRIPTS[script]}]", letters))
@@ -111,16 +110,16 @@ def repetition_penalty(text: str, n: int = 3) -> float:
 
 
 def arithmetic_penalty(thought: str) -> float:
-    """-1 where the thought holds a false sum, `3 + 5 = 9`, else 0.
+    """-1 if the thought contains a false sum, `3 + 5 = 9`, else 0.
 
-    Not the share of false ones: a longer thought would then make each of them cheaper.
+    It is not the share of false sums: then each of them would cost less in a longer thought.
     """
     wrong, _ = false_sums(thought)
     return -1.0 if wrong else 0.0
 
 
 def soft_overlong_penalty(length: int, max_length: int, cache_length: int) -> float:
-    """0 up to max_length - cache_length tokens, then in a line down to -1 at max_length and beyond (DAPO, eq. 13)."""
+    """0 up to max_length - cache_length tokens, then linear down to -1 at max_length and above (DAPO, eq. 13)."""
     if not 0 < cache_length <= max_length:
         raise ValueError(
             f"soft overlong penalty: cache_length is {cache_length}, expected 1 to max_length {max_length}"

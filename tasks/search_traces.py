@@ -1,4 +1,4 @@
-"""Worked examples for a warm start: an honest guess-and-check search for a Countdown problem, written out.
+"""Worked examples for a warm start: a guess-and-check search for a Countdown problem, written out.
 
     7*3=21,21+5=26 no
     7/3 no
@@ -6,22 +6,22 @@
     </think>
     <answer>5*(7-3)</answer>
 
-Every sum is true, no attempt is made twice, and a search that finds nothing says `give up` and answers with its
-closest attempt: a model that has an honest way to end needs no dishonest one. The searcher is lazy and careless on
-purpose. How lazy and how careless is drawn anew for every trace (`Searcher`) and stands nowhere in the text, so a model
-that imitates the mix has all of these habits, and reinforcement learning has something to choose from.
+Every sum is true, and no attempt is made twice. A search without a solution says `give up` and answers with its closest
+attempt: a model with an honest way to end does not need a false sum. The searcher is lazy and careless on purpose. Its
+habits (`Searcher`) are drawn again for every trace and are not in the text. A model that imitates the mix has all of
+these habits, and reinforcement learning chooses among them.
 
-Attempts are drawn, or (`orderly`) only the first one is, and each of the others is the next in a fixed order, going
-round. A model that draws must remember what it tried, and greedily, where nothing is drawn, it cannot leave an attempt
-that failed; in order, the last line says what comes now.
+Attempts are drawn at random. With `orderly`, only the first one is drawn, and each of the others is the next in a fixed
+order that starts again at its end. A model that draws must remember its attempts, and in greedy decoding it cannot
+leave a failed one. In a fixed order, the last line determines the next.
 
     rng = random.Random(0)
     text = write_trace([7, 3, 5], 20, draw_searcher(rng), rng, room=184, count_tokens=len)
 
-To keep the arithmetic small enough for a tiny model, the larger number stands left, results are whole, above 0 and at
-most `LARGEST_RESULT`. Of the generator's problems with numbers up to 25 this leaves 99% solvable. Now and then an
-attempt runs into an operation without such a result and stops there, as 7/3 above. Without these dead ends a model that
-slipped into one had nothing true left to write: most of the false sums of an earlier version were of that kind.
+The arithmetic is small enough for a tiny model: the larger number is on the left, and results are whole numbers from 1
+to `LARGEST_RESULT`. 99% of the generator's problems with numbers up to 25 stay solvable. Some attempts end at an
+operation without such a result, as 7/3 above. Without these dead ends, a model that came to such an operation had no
+true text to continue with: most false sums of an earlier version were of that kind.
 """
 
 from __future__ import annotations
@@ -35,21 +35,27 @@ from typing import NamedTuple
 
 LARGEST_RESULT = 100
 DEAD_ENDS = 0.08  # chance that a step runs into one
-MAX_DRAWS = 60  # of attempts: those made before and those without a result in range are drawn again
+MAX_DRAWS = 60  # of attempts: repeated attempts and attempts without a result in range are drawn again
 
 
 class Value(NamedTuple):
-    """A number of the problem, or a result, and the expression that makes it."""
+    """A number of the problem or a result, and its expression."""
 
     number: int
     text: str
 
 
 class Step(NamedTuple):
-    """One sum: `shown` is what stands in the trace, `value` what there is afterwards; None at a dead end."""
+    """One operation: its text in the trace, and its result. None: a dead end."""
 
     shown: str
     value: Value | None
+
+    @property
+    def result(self) -> Value:
+        """The value of a step that is no dead end."""
+        assert self.value is not None
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class Searcher:
     """The habits of one search."""
 
     patience: int  # attempts before giving up
-    notice: float  # chance to see, when two numbers are left, which operation comes closest to the target
-    thoughts: int  # attempts in mind of which the closest is written down; 1: a blind guess
+    notice: float  # chance to choose the closest operation when two numbers are left
+    thoughts: int  # attempts of which only the closest is written; 1: a blind guess
     orderly: bool = False  # only the first attempt is drawn; each of the others is the next one in order
 
 
@@ -79,8 +85,8 @@ def write_trace(
 ) -> str:
     """The response to a problem, from its first attempt to `</answer>`, in at most `room` tokens.
 
-    A search that has no room for another attempt gives up as an impatient one does. Raises ValueError where `room` does
-    not hold the first attempt and its answer.
+    A search without room for another attempt gives up, like an impatient one. Raises ValueError if `room` is too small
+    for the first attempt and its answer.
     """
     text, closest, seen = "", None, set()
     for steps in (_in_order if searcher.orderly else _at_random)(searcher, numbers, target, rng):
@@ -118,7 +124,7 @@ def _at_random(searcher: Searcher, numbers: Sequence[int], target: int, rng: ran
 
 
 def _in_order(searcher: Searcher, numbers: Sequence[int], target: int, rng: random.Random) -> Iterator[list[Step]]:
-    """Every attempt once: the closest of some random ones, then those behind it, and from the first one on."""
+    """Every attempt once: the closest of some random ones, then the next ones in order, around the end."""
     attempts = list(_all_attempts([Value(n, str(n)) for n in numbers], target, searcher.notice, rng))
     drawn = [rng.randrange(len(attempts)) for _ in range(searcher.thoughts)]
     first = min(drawn, key=lambda at: _distance(attempts[at][-1].value, target))
@@ -126,7 +132,7 @@ def _in_order(searcher: Searcher, numbers: Sequence[int], target: int, rng: rand
 
 
 def _all_attempts(values: list[Value], target: int, notice: float, rng: random.Random) -> Iterator[list[Step]]:
-    """Depth first: pairs as the values stand, operations in the order + - * /, dead ends now and then."""
+    """Depth first: pairs in the order of the values, operations in the order + - * /, and some dead ends."""
     for i, j in itertools.combinations(range(len(values)), 2):
         others = [value for at, value in enumerate(values) if at not in (i, j)]
         sums, dead_ends = _sums(*sorted((values[i], values[j]), key=lambda value: -value.number))
@@ -136,14 +142,15 @@ def _all_attempts(values: list[Value], target: int, notice: float, rng: random.R
             sums = [min(sums, key=lambda step: _distance(step.value, target))]
         for step in sums:
             if others:
-                yield from ([step, *rest] for rest in _all_attempts([*others, step.value], target, notice, rng))
+                yield from ([step, *rest] for rest in _all_attempts([*others, step.result], target, notice, rng))
             else:
                 yield [step]
 
 
 def _attempt(numbers: Sequence[int], target: int, notice: float, rng: random.Random) -> list[Step]:
     """Combine two random numbers by a random operation until one is left, or until a dead end."""
-    values, steps = [Value(n, str(n)) for n in numbers], []
+    values = [Value(n, str(n)) for n in numbers]
+    steps: list[Step] = []
     while len(values) > 1:
         pair = [values.pop(rng.randrange(len(values))) for _ in range(2)]
         sums, dead_ends = _sums(*sorted(pair, key=lambda value: -value.number))
@@ -153,12 +160,12 @@ def _attempt(numbers: Sequence[int], target: int, notice: float, rng: random.Ran
             steps.append(min(sums, key=lambda step: _distance(step.value, target)))
         else:
             steps.append(rng.choice(sums))
-        values.append(steps[-1].value)
+        values.append(steps[-1].result)
     return steps
 
 
 def _sums(a: Value, b: Value) -> tuple[list[Step], list[Step]]:
-    """What can be made of a >= b: the operations with a whole result from 1 to LARGEST_RESULT, and the others."""
+    """Operations on a >= b: those with a whole result from 1 to LARGEST_RESULT, and the others."""
     quotient = a.number // b.number if b.number and a.number % b.number == 0 else 0
     results = {"+": a.number + b.number, "-": a.number - b.number, "*": a.number * b.number, "/": quotient}
     sums, dead_ends = [], []

@@ -8,10 +8,10 @@
     </think>
     <answer>-6099</answer>
 
-Every equality is true. As with the searches of search_traces.py the habits are drawn anew for every trace and stand
-nowhere in the text: most put a product of large numbers together from products of digits as above, some know it by
-heart, some write down the whole question and its result. A model that imitates the mix has all of these habits; which
-of them come out right with its own arithmetic is what reinforcement learning finds out.
+Every equality is true. As in search_traces.py, the habits are drawn again for every trace and are not in the text. Most
+traces build a product of large numbers from products of digits as above, some write it in one step, and some write only
+the question and its result. A model that imitates the mix has all of these habits. Reinforcement learning finds the
+habits that its arithmetic can carry out.
 
     rng = random.Random(0)
     text = write_working("76 - 65 * 95", draw_habits(rng))
@@ -29,19 +29,19 @@ class Habits:
     """How one question is worked out."""
 
     in_one_go: bool  # the question and its result, nothing between
-    splits: bool  # a product of two numbers above 9 is put together from products of their digits
+    splits: bool  # a product of two numbers above 9 is built from products of their digits
 
 
 def draw_habits(rng: random.Random) -> Habits:
-    """One in ten guesses at once; of the others three in four split products."""
+    """One trace in ten guesses at once. Three in four of the others split products."""
     return Habits(in_one_go=rng.random() < 0.1, splits=rng.random() < 0.75)
 
 
 def write_working(expression: str, habits: Habits) -> str:
     """The response to "What is `expression`?", from its first sum to `</answer>`.
 
-    `expression` is whole numbers of at least 0 with + - * between them, all set apart by spaces. Raises ValueError for
-    any other sign.
+    `expression` has whole numbers from 0 up with + - * between them, separated by spaces. Raises ValueError for another
+    sign.
     """
     first, *rest = expression.split()
     numbers, signs = [int(n) for n in (first, *rest[1::2])], rest[::2]
@@ -62,7 +62,7 @@ def write_working(expression: str, habits: Habits) -> str:
 
 
 def _multiply(a: int, b: int) -> list[str]:
-    """Lines that end in `a * b` = its value: b by its digits, and each of these products by the digits of a."""
+    """Lines from `a * b` to its value: b is split into its digits, and each of these products by the digits of a."""
     places = _places(b)
     rows = [_multiply_by_digit(a, place) for place in places]
     if len(places) == 1:

@@ -1,30 +1,36 @@
-"""What a task is: problems by index, a prompt for each, a reward for each response.
+"""The interface of a task: problems by index, a prompt for each, a reward for each response.
 
     class MyTask(Task):
-        def train_problem(self, index): ...        # -> Problem; the same one for the same index, always
-        def test_problem(self, index): ...
-        def is_correct(self, problem, answer): ... # answer: what stands in the answer tags
+        def train_problem(self, index): ...         # -> Problem; always the same one for the same index
+        def test_problem(self, index): ...          # raises IndexError behind the last one
+        def is_correct(self, problem, answer): ...  # answer: the text in the answer tags
         # or, for a reward of your own: def reward(self, problem, response): return Reward(total, {"name": part})
 
-Problems are reached by index and depend on (seed, split, index) only: there is no iterator to save, and a run that is
-resumed at step k sees the problems it would have seen. Generated tasks decide between train and held-out by a hash of
-the problem itself, so the two never meet, whatever the seed.
+A problem depends on (seed, split, index) only. So there is no iterator to save, and a run that is resumed at step k
+sees the same problems as an uninterrupted one. Generated tasks choose the split by a hash of the problem, so training
+and held-out problems are disjoint for any two seeds.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
+import math
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
 from data_types import Message, Problem, Reward
 from tasks.expressions import false_sums, plain_number
 from tasks.rewards import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
     SCRIPTS,
+    THINK_CLOSE,
+    THINK_OPEN,
     answer_block,
     arithmetic_penalty,
     format_reward,
@@ -46,43 +52,44 @@ TAG_REQUEST = (
     "Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, "
     "for example <answer> {example} </answer>."
 )
-# The response prefix is put into the assistant's mouth behind the chat template; the model goes on from there.
+# The response prefix follows the rendered chat. The model continues it.
 RESPONSE_PREFIXES = {"full": "Let me solve this step by step.\n<think>", "short": "<think>\n"}
 
 
 @dataclass(kw_only=True)
 class Task:
-    """Base of all tasks. A subclass gives the two problem methods and `is_correct`, or a whole `reward` of its own."""
+    """Base of all tasks. A subclass defines the two problem methods, and `is_correct` or its own `reward`."""
 
-    seed: int = 0  # which problems are drawn, or in which order the rows of a file come
+    seed: int = 0  # of the problems that are drawn, or of the order of a file's rows
     format_weight: float = 0.1
     answer_weight: float = 1.0
-    language_weight: float = 0.0  # 0: not judged. Share of the thought's letters in the script `language`
+    language_weight: float = 0.0  # 0: off. The part is the share of the thought's letters in the script `language`
     language: str = "latin"
-    repetition_weight: float = 0.0  # 0: not judged. Minus the share of repeated phrases in the thought
-    arithmetic_weight: float = 0.0  # 0: not judged. Minus 1 for a thought that holds a false sum
+    repetition_weight: float = 0.0  # 0: off. The part is minus the share of repeated phrases in the thought
+    arithmetic_weight: float = 0.0  # 0: off. The part is -1 for a thought that contains a false sum
     prompt_style: str = "full"  # "full": system message and instructions; "short": the bare question, for tiny models
+    data_summary: str = field(default="", init=False, repr=False)  # one line: which files or rows are which split
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prompt_style not in RESPONSE_PREFIXES:
             raise ValueError(f"prompt_style is {self.prompt_style!r}; expected 'full' or 'short'")
         if self.language not in SCRIPTS:
             raise ValueError(f"language is {self.language!r}; expected one of {', '.join(SCRIPTS)}")
 
     def train_problem(self, index: int) -> Problem:
-        """Training problem number `index`, without end: a finite data set is shuffled anew every epoch."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its training problems are")
+        """Training problem number `index`, which has no upper limit: a data set is shuffled again for every epoch."""
+        raise NotImplementedError(f"{type(self).__name__} has no method train_problem")
 
     def test_problem(self, index: int) -> Problem:
         """Held-out problem number `index`. Raises IndexError past the last one of a finite data set."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its held-out problems are")
+        raise NotImplementedError(f"{type(self).__name__} has no method test_problem")
 
     def test_problems(self, n: int) -> list[Problem]:
-        """The first `n` held-out problems; fewer where a finite data set has no more."""
+        """The first `n` held-out problems, or all of a data set that has fewer."""
         return self.problems("test", n)
 
     def problems(self, split: Split, n: int, start: int = 0) -> list[Problem]:
-        """Problems `start` to `start + n` of a split; of a finite held-out split those there are."""
+        """Problems `start` to `start + n` of a split. Held-out problems end at the last one of a data set."""
         if split == "train":
             return [self.train_problem(index) for index in range(start, start + n)]
         found = []
@@ -94,7 +101,7 @@ class Task:
         return found
 
     def longest_problems(self, n: int) -> list[Problem]:
-        """The `n` training problems with the longest text, of a task that has all of them at hand; else none."""
+        """The `n` training problems with the longest text. Empty: the task does not know them."""
         return []
 
     def levels(self) -> dict[str, Task]:
@@ -102,22 +109,22 @@ class Task:
         return {}
 
     def prompt(self, problem: Problem) -> list[Message]:
-        """The chat messages of a problem. The prompt is these, rendered, and then `problem.response_prefix`."""
+        """The chat messages of a problem. The rendered messages and `problem.response_prefix` are the prompt."""
         return problem.messages
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether what stands in the answer tags is right."""
-        raise NotImplementedError(f"{type(self).__name__} does not say when an answer is right")
+        """Whether the text in the answer tags is right."""
+        raise NotImplementedError(f"{type(self).__name__} has no method is_correct")
 
     def score(self, problem: Problem, answer: str) -> float:
-        """How good the answer is, 0 to 1: right or wrong, where a task does not say it more finely."""
+        """Score of the answer from 0 to 1. A task with partial credit overrides it."""
         return float(self.is_correct(problem, answer))
 
     def reward(self, problem: Problem, response: str) -> Reward:
-        """Sum of weight * part: format and answer in [0, 1], and where they have a weight language, repetition and
-        arithmetic.
+        """Sum of weight * part. Parts: format and answer in [0, 1]; language, repetition and arithmetic if weighted.
 
-        `response` is the text after the prompt. Rewards see no token counts: the soft overlong penalty is the hall's.
+        `response` is the text after the prompt. A reward does not see token counts: the trainer applies the overlong
+        penalty (shaping.py).
         """
         text = whole_text(problem, response)
         answer = answer_block(text)
@@ -135,11 +142,11 @@ class Task:
         return Reward(sum(weights[name] * part for name, part in parts.items()), parts)
 
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
-        """What is worth averaging beside the reward.
+        """Numbers of a response that are logged as means, but not rewarded.
 
-        solved: 1.0 for a right answer. full_format: 1.0 for the whole format, whose reward has credit for parts of it
-        (only where the reward has a part `format`). sums: equalities written in the thought. false_sums: the share of
-        them that is wrong (0.0 where there are none): a policy that is paid for answers only learns to write those.
+        solved: 1.0 for a right answer. full_format: 1.0 for the complete format, because the reward part `format` also
+        has partial credit (only if the reward has this part). sums: equalities in the thought. false_sums: the wrong
+        share of them, 0.0 without equalities. A policy whose thought is not rewarded can learn to write false sums.
         """
         parts = self.reward(problem, response).parts
         wrong, total = false_sums(think_block(whole_text(problem, response)))
@@ -149,7 +156,7 @@ class Task:
         return found | {"sums": float(total), "false_sums": wrong / total if total else 0.0}
 
     def messages(self, text: str) -> list[Message]:
-        """Chat messages that say `text`; the short style has no system message."""
+        """Chat messages with `text` as the user's. The short style has no system message."""
         user = {"role": "user", "content": text}
         return [user] if self.prompt_style == "short" else [{"role": "system", "content": SYSTEM_MESSAGE}, user]
 
@@ -160,27 +167,44 @@ class Task:
 
 @dataclass(kw_only=True)
 class QuestionTask(Task):
-    """Questions in words with a number for an answer. Base of arithmetic, GSM8K and files of (question, answer)."""
+    """Questions with a short answer, mostly a number. Base of arithmetic, GSM8K and files of (question, answer)."""
 
     example_answer: ClassVar[str] = "42"  # in the prompt's request
 
     def problem_from(self, question: str, answer: Any) -> Problem:
-        """A problem from any question and its answer, also from outside the task's own data."""
+        """A problem from any question and its answer. Raises ValueError for an answer that no response can match."""
         name = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
         request = "" if self.prompt_style == "short" else " " + TAG_REQUEST.format(example=self.example_answer)
-        return Problem(f"question {name}", self.messages(question + request), str(answer), self.response_prefix)
+        target = answer_text(answer)
+        return Problem(f"question {name}", self.messages(question + request), target, self.response_prefix)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Equal as exact numbers (1,234 = 1234.0, 7/2 = 3.5); where the target is no number, as text."""
+        """Equal as exact numbers (1,234 = 1234.0, 7/2 = 3.5). A target that is no number is compared as text."""
         given, wanted = plain_number(answer), plain_number(problem.target)
-        return given == wanted if wanted is not None else answer.split() == problem.target.split()
+        return given == wanted if wanted is not None else _words(answer) == _words(problem.target)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: what was probably meant, or all there is."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known[:20]) or 'none'}"
+def answer_text(answer: Any) -> str:
+    """A reference answer as text.
+
+    Raises ValueError if no response can match it (NaN, tags inside) or an empty response can (no text).
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
+        raise ValueError(f"answer is {answer!r:.200}, expected text or a number")
+    if not isinstance(answer, str) and not math.isfinite(answer):
+        raise ValueError(f"answer is {answer}, which no response can match; expected a finite number")
+    text = str(answer)
+    if not text.strip():
+        raise ValueError(f"answer is {text!r}, which an empty response would match; expected text or a number")
+    tag = next((tag for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE) if tag in text), None)
+    if tag:
+        raise ValueError(f"answer contains {tag}, which no response can match; leave the tags out")
+    return text
+
+
+def _words(text: str) -> list[str]:
+    """Words with one code for each letter: é may also be stored as e and an accent."""
+    return unicodedata.normalize("NFC", text).split()
 
 
 def is_held_out(key: str) -> bool:
@@ -192,9 +216,9 @@ def is_held_out(key: str) -> bool:
 def draw_problem(
     name: str, seed: int, split: Split, index: int, draw: Callable[[random.Random], tuple[str, Any] | None]
 ) -> Any:
-    """Problem `index` of a split: `draw` gives (key, problem), or None for a misfire, until a key falls in the split.
+    """Problem `index` of a split. `draw` gives (key, problem), or None, and is called until a key is in the split.
 
-    Raises ValueError after MAX_DRAWS draws: the settings admit no problem of this split.
+    Raises ValueError after MAX_DRAWS draws, because the settings allow no problem of this split.
     """
     generator = random.Random(f"{name} {seed} {split} {index}")  # seeded by SHA-512 of the text: the same everywhere
     for _ in range(MAX_DRAWS):
@@ -202,12 +226,12 @@ def draw_problem(
         if drawn is not None and is_held_out(drawn[0]) == (split == "test"):
             return drawn[1]
     raise ValueError(
-        f"{name}: no {split} problem in {MAX_DRAWS} draws; its settings leave too few problems, widen them"
+        f"{name}: no {split} problem in {MAX_DRAWS} draws; its settings allow too few problems, widen them"
     )
 
 
 def shuffled_index(n_rows: int, seed: int, index: int) -> int:
-    """Row of training problem `index`: every row once an epoch, in another order each epoch."""
+    """Row of training problem `index`. Every row comes once in an epoch, and every epoch has its own order."""
     epoch, place = divmod(index, n_rows)
     return _epoch_order(n_rows, seed, epoch)[place]
 

@@ -1,34 +1,128 @@
-"""Rows from files: parquet and JSONL, checked where they enter, with errors of one line.
+"""Rows of data files: parquet and JSONL, split into training and held-out rows, checked at the entrance.
 
-rows = read_rows("data/countdown", columns=("nums", "target"))    # a folder or a file -> list of dicts
-train, test = hold_out_last(rows, n_test=None, source="data/countdown")
+    rows = read_rows("data/countdown", columns=("nums", "target"))       # a folder or a file -> list of dicts
+    splits = read_splits("openai/gsm8k", columns, parse, key)            # -> training and held-out rows
+
+A file is held out if a part of its path is the word test, validation, valid, val, eval or dev, in any case:
+`main/test/0000.parquet`, `gsm8k_test.jsonl`, `Validation/a.parquet`. If no file is held out, the last rows are. A
+training row that repeats a held-out one is left out. pyarrow reads parquet, because the type of a column matters: a
+float32 of 0.1 must stay 0.1. pandas would need pyarrow as well.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from tasks.messages import first_line, home_path
+
+T = TypeVar("T")
 Row = dict[str, Any]
-MAX_DEFAULT_TEST = 128  # held-out rows where the caller does not say: a tenth, at most so many
+MAX_DEFAULT_TEST = 128  # held-out rows if the caller does not say: a tenth, at most so many
 SUFFIXES = (".parquet", ".jsonl", ".json")
+TEST_WORDS = frozenset(["test", "tests", "testing", "testset", "heldout", "holdout"])
+OTHER_HELD_OUT_WORDS = frozenset(["validation", "valid", "val", "eval", "evaluation", "dev", "devset"])
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # gsm8kTest has the words gsm, k and Test
+
+
+@dataclass(frozen=True)
+class Splits(Generic[T]):
+    """Rows of a data set. `summary`: one line that says which files or rows are which split."""
+
+    train: list[T]
+    test: list[T]
+    rows: list[T]  # all rows of all files, in order
+    summary: str
+
+
+def read_splits(
+    data: str | Path,
+    columns: tuple[str, ...],
+    parse: Callable[[Row], T | None],
+    key: Callable[[T], Hashable],
+    n_test: int | None = None,
+    subset: str | None = None,
+    optional: tuple[str, ...] = (),
+    empty: str = "no rows",
+) -> Splits[T]:
+    """Training and held-out rows of a file, a folder or a data set of the Hub.
+
+    Args:
+        parse: makes a row; None leaves it out. Its ValueError is raised again with file and row number.
+        key: two rows with equal keys ask the same. Training rows with the key of a held-out row are left out.
+        n_test: held-out rows if no file is held out; None: a tenth, at most 128.
+        subset: a folder inside `data` to read, if it is there.
+        empty: the error if `parse` leaves out every row.
+
+    If there are test files and validation files, the test files are the held-out rows and no validation row is used.
+    Raises FileNotFoundError or ValueError, in one line.
+    """
+    folder = find_data(data)
+    if subset and (folder / subset).is_dir():
+        folder = folder / subset
+    files = data_files(folder)
+    train_files = [file for file in files if not held_out_words(file, folder)]
+    test_files = [file for file in files if held_out_words(file, folder) & TEST_WORDS]
+    others = [file for file in files if file not in train_files and file not in test_files]
+    rows_of = {file: list(_file_rows(file, columns, optional, parse)) for file in files}
+    train, test, unused = (
+        [row for file in group for row in rows_of[file]]
+        for group in (train_files, test_files or others, others if test_files else [])
+    )
+    if not train and not test:
+        raise ValueError(f"{folder}: {empty}; expected columns {', '.join(columns)}")
+    names = [_names(group, folder) for group in (train_files, test_files or others)]
+    if not test:
+        train, test = hold_out_last(train, n_test, folder)
+        names[1] = f"the last rows of {names[0]}"
+    held_out = {key(row) for row in (*test, *unused)}
+    kept = [row for row in train if key(row) not in held_out]
+    if train and not kept:
+        raise ValueError(f"{folder}: every training row repeats a held-out one; give more rows or a smaller n_test")
+    summary = f"training {names[0] or 'nothing'}: {_count(kept)}; held out {names[1]}: {_count(test)}"
+    if len(kept) < len(train):
+        summary += f"; left out of training, because held-out rows ask the same: {_count(train, minus=kept)}"
+    if unused:
+        summary += f"; not used {_names(others, folder)}: {_count(unused)}"
+    return Splits(kept, test, [row for rows in rows_of.values() for row in rows], summary)
+
+
+def held_out_words(file: Path, root: Path) -> set[str]:
+    """The words in a file's path that say it is not training data: those below `root`, which is a folder or the file.
+
+    The folder that directly holds the data may also have such a name, as in `--data gsm8k/test`, unless the file's
+    own path says train. Folders above do not count: a home folder may be called dev.
+    """
+    inside = file.relative_to(root).parts if file != root else (file.name,)
+    parts = [part.removesuffix(file.suffix) for part in inside]
+    words = {word.lower() for part in parts for word in (*_WORD.findall(part), *_WORD.findall(part.lower()))}
+    holder = (root if file != root else root.parent).absolute().name.lower()
+    if not words & {"train", "training"}:
+        words.add(holder)
+    return words & (TEST_WORDS | OTHER_HELD_OUT_WORDS)
+
+
+def _count(rows: list[T], minus: Sequence[T] = ()) -> str:
+    number = len(rows) - len(minus)
+    return f"{number:,} row{'s' if number != 1 else ''}"
+
+
+def _names(files: list[Path], folder: Path) -> str:
+    names = [file.relative_to(folder).as_posix() if file != folder else file.name for file in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_rows(path: str | Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> list[Row]:
     """All rows of a file, or of all parquet and JSONL files in a folder and below it, in order of their paths.
 
-    Only `columns` and those of `optional` that are there are kept. Raises FileNotFoundError where there is nothing, and
+    Only `columns` and those of `optional` that are there are kept. Raises FileNotFoundError if there is no file, and
     ValueError, in one line, for files without a column, without a row, or that cannot be read.
     """
-    rows: list[Row] = []
-    for file in data_files(path):
-        rows += (
-            _read_parquet(file, columns, optional)
-            if file.suffix == ".parquet"
-            else _read_jsonl(file, columns, optional)
-        )
+    rows = [row for file in data_files(path) for row in _file_rows(file, columns, optional, lambda row: row)]
     if not rows:
         raise ValueError(f"{path}: no rows; expected columns {', '.join(columns)}")
     return rows
@@ -37,9 +131,9 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: tuple[str, .
 def find_data(data: str | Path) -> Path:
     """The file or folder that `data` names: a path, or else a data set of the Hub ("openai/gsm8k"), fetched or cached.
 
-    Raises FileNotFoundError, in one line, where it is neither.
+    Raises FileNotFoundError, in one line, if it is neither.
     """
-    path = Path(data).expanduser()
+    path = home_path(data)
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(data)) or path.suffix in SUFFIXES:
@@ -49,29 +143,55 @@ def find_data(data: str | Path) -> Path:
     patterns = [f"*{suffix}" for suffix in SUFFIXES[:2]]
     try:
         return Path(snapshot_download(str(data), repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # of many kinds, by version of the library; all mean that there is no data
+    except Exception as error:  # the type depends on the library's version; every one means that there is no data
         why = f"no folder of that name in {Path.cwd()}, and the Hub gave none ({first_line(error)})"
-        raise FileNotFoundError(
-            f"{data}: {why}; download it where there is a network and give --data FOLDER"
-        ) from error
+        hint = "download it on a machine with network and give --data FOLDER"
+        raise FileNotFoundError(f"{data}: {why}; {hint}") from error
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The data files that `path` names: itself, or those in the folder and below it, sorted."""
-    path = Path(path).expanduser()
+    """The data files that `path` names: itself, or those in the folder and below it, sorted and without hidden ones."""
+    path = home_path(path)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: expected a file that ends in .parquet or .jsonl")
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such data file or folder (looked in {Path.cwd()})")
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES[:2] and file.is_file())
+    found = (file for file in path.rglob("*") if file.suffix in SUFFIXES[:2] and file.is_file())
+    files = sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts))
     if not files:
         raise FileNotFoundError(f"{path}: the folder holds no .parquet or .jsonl file")
     return files
 
 
-def _read_parquet(file: Path, columns: tuple[str, ...], optional: tuple[str, ...]) -> list[Row]:
+def _file_rows(
+    file: Path, columns: tuple[str, ...], optional: tuple[str, ...], parse: Callable[[Row], T | None]
+) -> Iterator[T]:
+    read = _read_parquet if file.suffix == ".parquet" else _read_jsonl
+    for number, row in read(file, columns, optional):
+        try:
+            _check_text(row)
+            parsed = parse(row)
+        except ValueError as error:
+            raise ValueError(f"{file}, row {number}: {first_line(error)}") from error
+        if parsed is not None:
+            yield parsed
+
+
+def _check_text(value: Any) -> None:
+    """Raise ValueError for text that no tokenizer can encode. JSON can hold half of a character: "\\ud83d"."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a character, {value[error.start : error.end]!a}, is in its text") from error
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_text(item)
+
+
+def _read_parquet(file: Path, columns: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -79,21 +199,25 @@ def _read_parquet(file: Path, columns: tuple[str, ...], optional: tuple[str, ...
         with pyarrow.parquet.ParquetFile(file) as parquet:
             found = parquet.schema_arrow.names
             _check_columns(file, found, columns)
-            return parquet.read(columns=[*columns, *(c for c in optional if c in found)]).to_pylist()
+            table = parquet.read(columns=[*columns, *(c for c in optional if c in found)])
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a readable parquet file ({first_line(error)})") from error
+    for name, column in zip(table.column_names, table.columns):
+        if pyarrow.types.is_floating(column.type) and column.type != pyarrow.float64():
+            # 0.1 in float32 is 0.100000001490116; its shortest text is 0.1
+            values = [float(str(value)) for value in column.to_numpy()]
+            table = table.set_column(table.column_names.index(name), name, [values])
+    yield from enumerate(table.to_pylist(), start=1)
 
 
-def _read_jsonl(file: Path, columns: tuple[str, ...], optional: tuple[str, ...]) -> list[Row]:
-    rows = []
+def _read_jsonl(file: Path, columns: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    rows.append(_json_row(f"{file}, line {number}", line, columns, optional))
+                    yield number, _json_row(f"{file}, line {number}", line, columns, optional)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({first_line(error)})") from error
-    return rows
 
 
 def _json_row(where: str, line: str, columns: tuple[str, ...], optional: tuple[str, ...]) -> Row:
@@ -111,10 +235,13 @@ def _check_columns(where: str | Path, found: list[str], columns: tuple[str, ...]
     missing = [column for column in columns if column not in found]
     if missing:
         shown = ", ".join(found[:10]) or "none"
-        raise ValueError(f"{where}: no column {', '.join(missing)}; found {shown}; expected {', '.join(columns)}")
+        raise ValueError(
+            f"{where}: no column {', '.join(missing)}; found {shown}; expected {', '.join(columns)}, or your own names "
+            "in --question-column and --answer-column"
+        )
 
 
-def hold_out_last(rows: list[Row], n_test: int | None, source: str | Path) -> tuple[list[Row], list[Row]]:
+def hold_out_last(rows: list[T], n_test: int | None, source: str | Path) -> tuple[list[T], list[T]]:
     """Split rows into (train, test): the last `n_test` are held out; None holds out a tenth, at most 128."""
     n_test = min(MAX_DEFAULT_TEST, len(rows) // 10) if n_test is None else n_test
     if not 0 <= n_test < len(rows):
@@ -122,8 +249,3 @@ def hold_out_last(rows: list[Row], n_test: int | None, source: str | Path) -> tu
             f"{source}: n_test is {n_test}, expected 0 to {len(rows) - 1}, since there are {len(rows)} rows"
         )
     return rows[: len(rows) - n_test], rows[len(rows) - n_test :]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for messages that must stay on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -497,13 +497,13 @@ def bad_files(folder):
         "broken.jsonl": ('{"nums": [1], "target": 1}\n{"nums": [1', "line 2: not JSON"),
         "list.jsonl": ("[1, 2]\n", "line 1: found list, expected an object"),
         "keys.jsonl": ('{"numbers": [1], "target": 1}\n', "line 1: no column nums; found numbers, target"),
-        "text.jsonl": ('{"nums": "1 2", "target": 3}\n', "row 0: expected whole numbers"),
-        "null.jsonl": ('{"nums": [1, null], "target": 3}\n', "row 0: expected whole numbers"),
-        "bool.jsonl": ('{"nums": [true, 2], "target": 3}\n', "row 0: expected whole numbers"),
-        "half.jsonl": ('{"nums": [1, 2.5], "target": 3}\n', "row 0: expected whole numbers"),
+        "text.jsonl": ('{"nums": "1 2", "target": 3}\n', "row 1: expected whole numbers"),
+        "null.jsonl": ('{"nums": [1, null], "target": 3}\n', "row 1: expected whole numbers"),
+        "bool.jsonl": ('{"nums": [true, 2], "target": 3}\n', "row 1: expected whole numbers"),
+        "half.jsonl": ('{"nums": [1, 2.5], "target": 3}\n', "row 1: expected whole numbers"),
         "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
         "digits.jsonl": ('{"nums": [' + "1" * 10_000 + "]}", "line 1: not JSON"),
-        "wide.jsonl": (json.dumps({"nums": "1" * 10**6, "target": 3}), "row 0: expected whole numbers"),
+        "wide.jsonl": (json.dumps({"nums": "1" * 10**6, "target": 3}), "row 1: expected whole numbers"),
     }
     for name, (text, _) in texts.items():
         folder.joinpath(name).write_text(text)

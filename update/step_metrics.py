@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_types import Episode
 from parallel.distributed import gather_each
+from tasks.metric_names import TASK_DIAGNOSTICS, check_names
 from tasks.task_base import Task
 
 Metrics = dict[str, float]
@@ -89,7 +90,8 @@ class StepTotals:
 def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
     """Metrics of the rollout's rewards: means and deviations over episodes, and the share of groups without a signal.
 
-    The task's own diagnostics (such as the share of false sums) are added. They are not part of any reward."""
+    The task's own diagnostics (such as the share of false sums) are added. They are not part of any reward. Raises
+    ValueError if one of them has the name of a metric of the run."""
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     groups: dict[int, list[float]] = {e.group_id: [] for e in episodes}
     own: dict[int, list[float]] = {e.group_id: [] for e in episodes}  # without the trainer's penalties
@@ -114,6 +116,7 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
     diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes if e.problem is not None]
     names = dict.fromkeys(name for d in diagnostics for name in d)
+    check_names("diagnostic", names.keys() - TASK_DIAGNOSTICS)
     return metrics | {name: fmean(d[name] for d in diagnostics if name in d) for name in names}
 
 

@@ -107,3 +107,9 @@ def test_the_bundled_model_loads_and_answers_in_its_format():
     formats = [task.reward(problems[c.prompt_index], c.text).parts["format"] for c in completions]
     assert sum(formats) / len(formats) > 0.5
     assert tokenizer.vocab_size <= model.config.vocab_size
+
+
+def test_the_home_folder_of_an_unknown_user_is_one_line():
+    with pytest.raises(FileNotFoundError, match="there is no user 'nosuchuser'") as error:
+        locate_pretrained("~nosuchuser/model")
+    assert "\n" not in str(error.value)
