@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data_types import Problem
 from tasks.curriculum import arithmetic_levels, countdown_levels
@@ -217,7 +217,7 @@ class ArithmeticTask(QuestionTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         combinations = itertools.product(self.num_terms, self.num_digits) if self.mix is None else self.mix
-        self._mix = [tuple(pair) for pair in combinations]
+        self._mix = [cast(tuple[int, int], tuple(pair)) for pair in combinations]
         if not self._mix or any(len(pair) != 2 or min(pair) < 1 or max(pair) > 12 for pair in self._mix):
             raise ValueError(f"arithmetic has (terms, digits) {self._mix}; expected pairs, each number from 1 to 12")
         if not self.operators or set(self.operators) - set("+-*/"):

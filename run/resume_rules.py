@@ -39,6 +39,9 @@ RULES = {
     # Task and reward
     "task": DRAWS,
     "data": DRAWS,
+    "question_column": DRAWS,
+    "answer_column": DRAWS,
+    "reward": REWARDS,
     "numbers": DRAWS,
     "min_number": DRAWS,
     "max_number": DRAWS,

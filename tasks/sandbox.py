@@ -188,7 +188,7 @@ def _wrong_problem(problem: Any) -> str | None:
     if not messages or not all(isinstance(text, str) for text in texts):
         return 'a Problem whose messages are no list of {"role": "user", "content": text}'
     try:
-        "".join([problem.id, problem.response_prefix, *texts]).encode()
+        "".join([problem.id, problem.response_prefix, *map(str, texts)]).encode()
     except UnicodeEncodeError:
         return "a Problem with half of a character (a lone surrogate) in its text"
     return None
@@ -200,7 +200,7 @@ def _wrong_problem(problem: Any) -> str | None:
 def user_judge(source: str, options: dict[str, Any]) -> Callable[[Problem, str], Judged]:
     """Runs in the worker: reward and diagnostics of a user's task, checked."""
     task = load_user_task(source, options)
-    task.reward = _once(task.reward)  # type: ignore[method-assign]
+    task.reward = _once(task.reward)  # type: ignore[assignment, method-assign]
 
     def judge(problem: Problem, response: str) -> Judged:
         try:

@@ -229,7 +229,7 @@ def test_numbers_from_parquet_are_compared_by_value(tmp_path, answers, type_, ri
 
 def test_text_answers_are_equal_in_either_unicode_form():
     task = make_task("arithmetic")
-    assert task.is_correct(task.problem_from("Where?", "Caf\u00e9  Paris"), "Cafe\u0301 Paris")
+    assert task.is_correct(task.problem_from("Where?", "Orl\u00e9ans  station"), "Orle\u0301ans station")
 
 
 @pytest.mark.parametrize("answer", ["", "  ", float("nan"), "</answer>"])
@@ -274,7 +274,7 @@ def test_a_path_in_the_home_folder_is_found(tmp_path, monkeypatch):
 def test_parts_of_messages():
     assert first_line(ValueError("a\nb")) == "a"
     assert first_line(ValueError()) == "ValueError"
-    assert did_you_mean("lenght", ["length", "mean"]) == "; did you mean length?"
+    assert did_you_mean("reward_preste", ["reward_preset", "seed"]) == "; did you mean reward_preset?"
     assert did_you_mean("zzz", []) == "; known are none"
     assert closest("zzz", ["a"]) == "a"
     assert closest("zzz", []) is None
