@@ -66,7 +66,7 @@ class JudgedInWorker(Task):
     def check_reward(self) -> None:
         """Ask for one reward before time is spent. Raises ValueError for a mistake that every call would repeat."""
         try:
-            self._worker.call(self.problems("train", 1)[0], TRIAL)
+            self._worker.call((self.problems("test", 1) or self.problems("train", 1))[0], TRIAL)
         except WorkerError as error:
             if error.kind == "refused":
                 raise ValueError(f"reward of {self.source}: {error.detail}") from error
