@@ -183,11 +183,18 @@ _ARITHMETIC_WORD = re.compile(
     "|rem|pi|sqrt|root|sin|cos|tan|log|ln|exp|abs|max|min|factorial|choose|twice|double|triple|hundred|thousand|million"
     "|billion|mil|bn|(?:half|halve|third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth|dozen|pair|score"
     "|second|sec|minute|min|hour|hr|day|week|month|year|cent|dollar|euro|pound|penny|pennie|dime|nickel|inche|yard|mile"
-    "|metre|meter|gram|ounce|litre|liter|pint|gallon|ton|am|pm|mm|cm|km|mg|kg|ml|ft|lb|oz)s?|inch|foot|feet",
+    "|metre|meter|gram|ounce|litre|liter|pint|gallon|ton|am|pm|mm|cm|km|mg|kg|ml|ft|lb|oz)s?|inch|foot|feet"
+    "|mal|durch|geteilt|und|fois|sur|moins|et|por|entre|mas|menos|veces|per|diviso|meno|vezes|mais",
     re.IGNORECASE,
 )
+_LETTER_OPERATORS = set("xXхХvVcCpPrReEhHmMsSdDkK")  # 3 x 5, 5 C 2, 7 R 1, 3 e 5, 2 h 30; х is Cyrillic
+_CONTRACTED = re.compile(r"[^\W\d_]{2,}['’]$")  # that's 3 + 5
+# Emoji, but not 100, $, 10 and the clocks.
+_EMOJI = re.compile("[\U0001f300-\U0001faff](?<![\U0001f4af\U0001f4b2\U0001f51f\U0001f550-\U0001f567])")
 _BEFORE, _BEFORE_A_SPACE, _OPENING_QUOTE = set("=\n[{<>→⇒—"), set(".,:;?!#"), set("|\"'“‘`")
 _BEHIND, _BEHIND_UNLESS_DIGITS = set("=\n)]}<>|`$→⇒—✓✔✅✗❌?;"), set(".,:\"'”’")
+_SHORT_WORD = re.compile(r"[aI]\s+[A-Za-z]{2}")  # 8 I think
+_GOES_ON = re.compile(r"\s*(?:[*/^]|[-+]\s*(?:[0-9(]|\w\b))")
 _TWO_RUNS = re.compile(
     r"=\s*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:(,)|\s+)(?=[0-9(])(([0-9]*)[^=]*[-+*/][^=]*=?)",
     re.DOTALL,
@@ -283,14 +290,24 @@ def _may_begin(before: str, run: str) -> bool:
     if len(neighbour) > 1:
         after_number = neighbour == "and" and earlier.rstrip()[-1:].isdigit()
         mixed = after_number and _starts_with_proper_fraction(run)  # 3 and 1/2 + 1
-        return spaced and sign[:1] != "-" and not mixed and not _ARITHMETIC_WORD.fullmatch(neighbour)
+        return spaced and sign[:1] != "-" and not mixed and not _is_arithmetic(neighbour, earlier)
     if sign[:1] == "-" and (sign != sign.strip() or spaced) and neighbour != "=":
         return False  # "$x$ - 3 + 5"
+    if neighbour.isalpha():
+        alone = earlier[-1:].isspace() and neighbour.isascii() and neighbour not in _LETTER_OPERATORS
+        return spaced and sign[:1] != "(" and (alone or _CONTRACTED.search(earlier) is not None)
+    if _EMOJI.match(neighbour):
+        return spaced
     if neighbour in ":!" and (earlier[-1:].isspace() or (neighbour == "!" and earlier[-1:].isdigit())):
         return False  # 6 : 2 + 1, 3! 5
     if neighbour in _OPENING_QUOTE:
-        return not earlier or earlier[-1].isspace()  # not f'(3) + 2
+        return (not earlier or earlier[-1].isspace()) and (neighbour == "|" or not spaced)  # not f'(3) + 2, 5 ' 3 + 2
     return neighbour in _BEFORE or (neighbour in _BEFORE_A_SPACE and spaced)
+
+
+def _is_arithmetic(word: str, earlier: str) -> bool:
+    """Whether a word can be part of a sum: arithmetic, a unit, or a word of another script behind a number."""
+    return _ARITHMETIC_WORD.fullmatch(word) is not None or (not word.isascii() and earlier.rstrip()[-1:].isdigit())
 
 
 def _value_behind_is(cell: str, left: Fraction) -> bool | None:
@@ -318,7 +335,10 @@ def _may_end(run: str, behind: str) -> bool:
     if behind[:2].isalpha():
         word = re.split(r"[\W\d_]", behind, maxsplit=1)[0]
         mixed = run.strip().isdigit() and _AND_A_FRACTION.match(behind)
-        return run[-1:].isspace() and not mixed and not _ARITHMETIC_WORD.fullmatch(word)
+        mixed = mixed or _GOES_ON.match(behind, len(word))  # 8 apples + 2
+        return run[-1:].isspace() and not mixed and not _is_arithmetic(word, run)
+    if _EMOJI.match(behind) or _SHORT_WORD.match(behind):
+        return run[-1:].isspace() and not _GOES_ON.match(behind, 1)
     if behind[0] in _BEHIND:
         return True
     ratio = behind[0] == ":" and run[-1:].isspace()
