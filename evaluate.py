@@ -4,15 +4,16 @@
     python evaluate.py --ckpt BEFORE --after AFTER --config FILE --samples 16 --eval-problems 512
 
 The flags of train.py set the task and the sampling. Besides them:
-    --samples N      answers a problem (default 8): pass@k is given for k = 1, 2, 4, ... N
+    --samples N      responses per problem (default 8): pass@k is given for k = 1, 2, 4, ... N
     --after FOLDER   a second checkpoint on the same problems (repeatable), and the difference problem by problem
-    --json FILE      write the numbers there as well; the last line printed is the same JSON
+    --json FILE      write the numbers there, and print the same JSON as the last line
 
 pass@k is the chance that one of k answers is right. Its estimate and the intervals are in study/intervals.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -28,12 +29,16 @@ from grpo import rollout
 from math_task import task_from_config
 from rollout.sampling import SamplingParams
 from run.config import Config, parse_args
-from run.flags import one_line, take_flag
+from run.flags import help_text, one_line, take_flag
+from run.options import TaskOptions
 from run.pretrained import load_policy, locate_pretrained
 from run.progress import plain
 from run.terminal import complain, run_program, say
 from study.intervals import difference_interval, pass_at_k, share_interval
 from update.step_metrics import reward_metrics
+
+HELP = {"ckpt", "seed", "device", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "eval_problems"}
+HELP |= {field.name for field in dataclasses.fields(TaskOptions)} - {"curriculum", "overlong_buffer"}  # of the training
 
 
 class Evaluation(NamedTuple):
@@ -110,7 +115,8 @@ def differences(before: Evaluation, after: Evaluation) -> dict[str, dict]:
 
 def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(__doc__)
+        say(f"{__doc__.strip()}\n\nTask and sampling, as in train.py:\n{help_text(Config, HELP)}")
+        return 0
     try:
         samples, argv = take_flag(argv, "--samples")
         after, argv = take_flag(argv, "--after")
@@ -128,13 +134,18 @@ def main(argv: list[str]) -> int:
     results = {ckpt: evaluation.results for ckpt, evaluation in found.items()}
     gains = {f"{ckpt} - {ckpts[0]}": differences(found[ckpts[0]], found[ckpt]) for ckpt in after}
     problems = len(found[ckpts[0]].by_problem["greedy"])
-    report = {"task": config.task, "problems": problems, "samples": n, "results": results, "differences": gains}
-    if file:
-        Path(file[-1]).write_text(json.dumps(report) + "\n", encoding="utf-8")
-    Console().print(table(results, "held-out problems"))
+    Console().print(table(results, f"{problems} held-out problems"))
     if gains:
         Console().print(table(gains, "difference, problem by problem"))
-    say(json.dumps(report))
+    if not file:
+        return 0
+    report = {"task": config.task, "problems": problems, "samples": n, "results": results, "differences": gains}
+    say(json.dumps(report))  # first, so that a full disk does not lose it
+    try:
+        Path(file[-1]).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    except OSError as error:
+        complain(f"evaluate.py: --json {file[-1]} could not be written ({error.strerror or error}); it is above")
+        return 2
     return 0
 
 

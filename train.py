@@ -56,6 +56,7 @@ from run.run_lock import RunLock
 from run.run_log import NoLog, RunLog, read_metrics
 from run.terminal import log_to_standard_error, run_program, write_now
 from run.terminal import say as say_here
+from run.trackers import check_installed
 from tokenizer import Tokenizer
 from update.guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
 from update.step_metrics import Metrics, reward_metrics
@@ -224,6 +225,7 @@ def where_to_begin(config: Config, lock: RunLock) -> Start:
     if config.dry_run:
         return check_resume(config, find_resumed(config, new_run_dir(config)))
     run_dir = new_run_dir(config)
+    check_installed(config.log_to)
     check_writable(run_dir)
     if run_dir.is_dir():
         lock.take(run_dir)

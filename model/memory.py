@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import platform
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
 import torch
 
 from model.qwen2_config import Qwen2Config
@@ -30,7 +30,7 @@ def rows_that_fit(config: Qwen2Config, tokens: int, dtype: torch.dtype, device: 
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0] // 2
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        memory = psutil.virtual_memory().total // 4
     return max(1, memory // row)
 
 

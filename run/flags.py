@@ -24,6 +24,7 @@ import io
 import re
 import reprlib  # a bounded repr: a few lines of YAML aliases can expand to a list of 10^10 items
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -58,13 +59,40 @@ def parse_flags(schema: type[T], argv: list[str], default: T | None = None, sour
     except SystemExit as exit:
         if exit.code:
             raise ValueError(f"{source}: {_sentence(error.getvalue())}") from None
-        encoding = sys.stdout.encoding or "utf-8"
-        say(_with_titles(out.getvalue(), schema).rstrip().encode(encoding, "replace").decode(encoding))
+        say(help_text(schema, default=default))
         raise
     if unknown:
         names = [flag_name(field.name) for field in dataclasses.fields(schema)]
         raise ValueError(f"{source}: {_unknown(unknown[0], names)}")
     return values
+
+
+def help_text(schema: type[T], only: Collection[str] | None = None, default: T | None = None) -> str:
+    """The text of `--help`. only: the fields to show; None: all."""
+    out = _Capture()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(schema, args=["--help"], default=default or schema())
+    text = _with_titles(out.getvalue(), schema).rstrip()
+    if only is not None:
+        text = _lines_of(text, {flag_name(name) for name in only})
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _lines_of(help: str, flags: Collection[str]) -> str:
+    """The lines of these flags, and the titles above them."""
+    title, kept, shown = "", [], False
+    for line in help.splitlines():
+        name = re.match(r"│ (--[\w-]+)", line)
+        if line.startswith("├─ "):
+            title, shown = line, False
+        elif name:
+            shown = name[1] in flags
+            kept += [title] * bool(shown and title) + [line] * shown
+            title = "" if shown else title
+        elif shown and line.startswith("│"):
+            kept.append(line)
+    return "\n".join(line.strip("│├┤ ─" if line.startswith("├") else "│").rstrip() for line in kept)
 
 
 def yaml_flags(path: str | Path, schema: type) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 Record = dict[str, Any]
 LARGEST_STEP = 2**53  # an integer that every reader of JSON holds exactly
+LARGEST_INT = 2**100  # larger integers are written as floats
 
 
 class Line(NamedTuple):
@@ -159,6 +160,6 @@ def read_lines(path: Path, valid: Callable[[Record], bool] = lambda record: True
 def is_metrics(record: Record) -> bool:
     """Whether every value is a number that a float can hold, or None."""
     return all(
-        value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST_STEP**2)
+        value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST_INT)
         for value in record.values()
     )

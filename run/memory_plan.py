@@ -10,11 +10,11 @@ micro-batch, and the KV cache of a rollout.
 
 from __future__ import annotations
 
-import resource
 import sys
 from dataclasses import replace
 from typing import Protocol
 
+import psutil
 import torch
 
 from data_types import Episode, MiniBatch
@@ -73,7 +73,10 @@ def estimate_gib(model: Qwen2ForCausalLM, config: Config, reference: Qwen2ForCau
 def describe(trainer: Trainer) -> str:
     """The lines before the first step: model, precision, tokens of a step, memory."""
     config, model = trainer.config, trainer.model
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, trained = (sum(p.numel() for p in some) for some in (model.parameters(), trainable(model)))
+    size = f"{parameters / 1e6:.1f} M parameters"
+    if trained < parameters:
+        size = f"{trained / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters are trained,"
     responses = config.prompts_per_step * config.group_size
     dtype = str(model.dtype).removeprefix("torch.")
     device, host = estimate_gib(model, config, trainer.reference)
@@ -81,7 +84,7 @@ def describe(trainer: Trainer) -> str:
     if n > 1:
         processes = f", by {n} processes with {'a slice' if is_sharded(model) else 'all'} of the weights each"
     return (
-        f"{config.ckpt}: {parameters / 1e6:.1f} M parameters in {dtype} on {model.device}; "
+        f"{config.ckpt}: {size} in {dtype} on {model.device}; "
         f"{config.task}, {config.loss_type}\n"
         f"a step: {config.prompts_per_step} prompts x {config.group_size} responses x up to "
         f"{config.max_new_tokens} tokens, "
@@ -105,8 +108,13 @@ def dry_run(trainer: Trainer) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU's allocator, or of the process (ru_maxrss is in KiB, on macOS in bytes)."""
+    """Peak memory so far: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
+    try:
+        import resource  # POSIX only
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return max(memory.rss, getattr(memory, "peak_wset", 0)) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

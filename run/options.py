@@ -381,6 +381,8 @@ class ScheduleOptions:
     """Number of newest checkpoints to keep. The best one is kept, too."""
     log_samples: Share = 1.0
     """Share of the responses written to samples.jsonl."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Charts besides metrics.jsonl: tensorboard, and the optional packages wandb and trackio. No name: none."""
 
 
 @dataclass

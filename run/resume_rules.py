@@ -124,6 +124,7 @@ RULES = {
     "save_every": APPLIED,
     "keep_checkpoints": APPLIED,
     "log_samples": APPLIED,
+    "log_to": APPLIED,
     # Several processes
     "shard_weights": APPLIED,
     "collective_timeout": APPLIED,

@@ -1,18 +1,17 @@
-"""What a run leaves behind: config.yaml, metrics, samples and held-out answers, TensorBoard; and what it shows.
+"""The files of a run (config.yaml, metrics, samples, held-out responses, charts) and its lines on the terminal.
 
     with RunLog(run_dir, config, total_steps=config.steps) as log:
         log.log_step(0, evaluate(...))                             # one JSON object a step; eval_* names included
-        log.phase("sampling")
+        log.phase("rollout and update")
         log.log_samples(1, episodes, tokenizer.decode)
         log.log_step(1, {**metrics, **evaluation})
         log.print_summary()                                        # step 0 beside the last
 
-Where this departs from the usual logger:
+Departures from the usual logger:
 
-* A full disk, a vanished folder or a closed pipe does not end a run: the line is lost, standard error says so, the
-  next one is tried.
-* A file never keeps half a line: what a failed write left is cut off, and `truncate_after` cuts what a resume from an
-  older checkpoint would write twice.
+* A full disk, a vanished folder or a closed pipe does not end a run: the line is lost, standard error says so, and the
+  next line is tried.
+* A file never keeps half a line (json_lines.py), and a resume from an older checkpoint leaves no step twice.
 * Numbers that are not finite are null, so that every line is JSON for every reader.
 """
 
@@ -29,7 +28,8 @@ from typing import Any
 
 from data_types import Episode
 from run.config import Config, save_yaml
-from run.json_lines import JsonLines, is_metrics, read_lines
+from run.flags import one_line
+from run.json_lines import LARGEST_INT, JsonLines, is_metrics, read_lines
 from run.machine import describe_machine
 from run.progress import (
     Display,
@@ -42,17 +42,19 @@ from run.progress import (
     summary_table,
 )
 from run.terminal import complain, discard, write_error
+from run.trackers import Tracker, held_out_texts, open_trackers, sample_texts
 
 
 class RunLog:
     """The files of one run and its display.
 
     Args:
-        run_dir: the run's folder; made where it is not there.
-        total_steps: steps the run will have had at its end, for the display.
-        live: redraw a display in place; None: where standard output is a terminal. Otherwise a line a step.
+        run_dir: the run's folder. It is made if it is not there.
+        total_steps: number of the last step, for the display.
+        live: True redraws a display in place, False prints a line a step. None: live on a terminal.
 
-    Raises ValueError where the folder already holds another run's metrics and `config.resume` is not set.
+    Raises ValueError if the folder already holds another run's metrics and `config.resume` is not set, and if a tracker
+    of `config.log_to` cannot be started.
     """
 
     def __init__(self, run_dir: str | Path, config: Config, total_steps: int, live: bool | None = None):
@@ -63,17 +65,15 @@ class RunLog:
                 f"{self.run_dir} already holds a run: continue it with --resume, or name another --run-dir"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        settings = (
-            self.run_dir / ".config.yaml.new"
-        )  # beside, then renamed: a resume reads it, after a kill at any time
+        self._trackers = open_trackers(config, self.run_dir)
+        settings = self.run_dir / ".config.yaml.new"  # renamed when it is whole: a resume reads it after any kill
         save_yaml(dataclasses.replace(config, run_dir=str(run_dir), resume=None), settings)
         settings.replace(self.run_dir / "config.yaml")
         self._metrics = JsonLines(metrics, is_metrics, once=True)
         self._samples = JsonLines(self.run_dir / "samples.jsonl")
         self._held_out = JsonLines(self.run_dir / "held_out.jsonl")
         self._share = config.log_samples
-        self._tensorboard: Any = None
-        self._purge_step: int | None = None
+        self._texts: dict[str, str] = {}  # for the trackers, with the metrics of their step
         self._complaints: set[str] = set()
         machine = json.dumps(describe_machine(), indent=1) + "\n"
         self._try("machine.json", lambda: (self.run_dir / "machine.json").write_text(machine, encoding="ascii"))
@@ -108,7 +108,8 @@ class RunLog:
         self._evaluation_ends()
         values = {name: _number(value) for name, value in metrics.items()}
         if self._try("metrics.jsonl", lambda: self._metrics.append({"step": step, **values})):
-            self._try("TensorBoard events", lambda: self._write_events(step, values))
+            texts, self._texts = self._texts, {}
+            self._track(lambda tracker: tracker.log(step, values, texts))
         self.history.add(step, values)
         self._show(lambda: self._progress.step(step, values))
 
@@ -138,6 +139,8 @@ class RunLog:
                     record |= _tokens(episode, decode)
                 records.append(record)
         self._try("samples.jsonl", lambda: self._samples.append(*records))
+        if records:
+            self._texts |= sample_texts(episodes)
         self._progress.samples(episodes)
 
     def log_held_out(
@@ -149,6 +152,7 @@ class RunLog:
         """
         records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
+        self._texts |= held_out_texts(episodes)
 
     def truncate_after(self, step: int) -> None:
         """Forget what was logged after `step`: a run resumed from there will log it again.
@@ -158,8 +162,7 @@ class RunLog:
         for file in (self._metrics, self._samples, self._held_out):
             if aside := file.truncate_after(step):
                 complain(f"WARNING: {file.path}: {aside} broken lines were moved to {file.path.name}.broken")
-        self._close_events()
-        self._purge_step = step + 1
+        self._track(lambda tracker: tracker.restart(step))
         self.history.clear()
         for record in read_metrics(self.run_dir):
             self.history.add(record.pop("step"), record)
@@ -179,30 +182,20 @@ class RunLog:
     def close(self) -> None:
         """End the display and write out what is still in memory. The log can not be used afterwards."""
         self._show(self._progress.close)
-        self._close_events()
+        self._track(lambda tracker: tracker.close())
+        self._trackers.clear()
         self._metrics.close()
         self._samples.close()
         self._held_out.close()
 
-    def _write_events(self, step: int, values: dict[str, float | None]) -> None:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import: only where a run begins
-
-            self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=self._purge_step)
-            self._purge_step = None
-        try:
-            for name, value in values.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
-        except OSError:
-            self._tensorboard = None  # its writer thread is gone; the next step begins a new file
-            raise
-
-    def _close_events(self) -> None:
-        if self._tensorboard is not None:
-            self._try("TensorBoard events", self._tensorboard.close)
-            self._tensorboard = None
+    def _track(self, values: Callable[[Tracker], None]) -> None:
+        """Let every tracker take something. A package that fails otherwise than by the disk is not asked again."""
+        for tracker in list(self._trackers):
+            try:
+                self._try(tracker.name, lambda tracker=tracker: values(tracker))
+            except Exception as error:  # packages of others raise anything, and a run is worth more than its charts
+                complain(f"WARNING: {tracker.name} failed ({one_line(error)}); the run goes on without it")
+                self._trackers.remove(tracker)
 
     def _show(self, write: Callable[[], None]) -> None:
         """Print; the run goes on if nobody reads it."""
@@ -262,10 +255,13 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | int | None:
-    """A plain number; None for one that is not finite, which JSON cannot write."""
-    if value is None or isinstance(value, int):
+    """A plain number that a float can hold; None for one that is not finite, which JSON cannot write."""
+    if value is None or (isinstance(value, int) and abs(value) < LARGEST_INT):
         return value
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:

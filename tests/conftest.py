@@ -86,7 +86,7 @@ def message_of(error: pytest.ExceptionInfo) -> str:
 @pytest.fixture(autouse=True)
 def _signal_handlers():
     """train.py takes Ctrl-C over; give it back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in train_signals()}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,40 @@ def test_a_reward_without_an_answer_is_refused(tmp_path, capsys):
     flags = ["--task", f"{tmp_path}/mine.py:Mine", "--eval-problems", "2", "--samples", "1", "--max-new-tokens", "2"]
     assert main(flags) == 2
     assert "has no part 'answer'" in capsys.readouterr().err
+
+
+SHORT = ["--eval-problems", "2", "--samples", "1", "--max-new-tokens", "4"]
+
+
+def test_json_is_printed_only_if_it_is_asked_for(capsys, tmp_path):
+    assert main(["--ckpt", "countdown-tiny", *SHORT]) == 0
+    assert "{" not in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_lose_the_numbers(capsys, tmp_path):
+    """CHECKLIST 43: they are printed before the file is written, and the exit code says that it is not there."""
+    assert main(["--ckpt", "countdown-tiny", *SHORT, "--json", "/dev/full"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["problems"] == 2
+    assert said.err == "evaluate.py: --json /dev/full could not be written (No space left on device); it is above\n"
+
+
+def test_help_has_the_flags_of_an_evaluation_and_not_those_of_a_training(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    words = set(said.replace("=", " ").replace(",", " ").split())
+    shown = {"--ckpt", "--after", "--samples", "--json", "--task", "--temperature", "--eval-problems", "--max-new-tokens"}
+    assert shown <= words
+    assert not {"--lr", "--save-every", "--lora-rank", "--resume", "--steps", "--run-dir", "--beta"} & words
+    assert "Longest response" in said
+    assert "Task and reward" in said
+
+
+def test_names_with_brackets_and_escapes_are_shown_as_they_are(capsys, tmp_path):
+    """A checkpoint's folder may be called anything, and a table is no markup."""
+    folder = tmp_path / "[bold]\x1b[2J[/nope]"
+    shutil.copytree(Path(__file__).resolve().parent.parent / "assets/countdown-tiny", folder)
+    assert main(["--ckpt", str(folder), "--task", "countdown", "--prompt-style", "short", *SHORT]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert "\x1b" not in said
+    assert "[bold]" in said
