@@ -1,14 +1,14 @@
 """Talk to a checkpoint in the terminal, token by token.
 
     python chat.py --ckpt Qwen2.5-0.5B-Instruct --temperature 0.7 --top-p 0.9
-    python chat.py                                     # the bundled model: it knows Countdown and nothing else
+    python chat.py                                     # the bundled model, which only knows Countdown
     echo "[3, 5, 2] = 13" | python chat.py             # one line of standard input is one message
 
-Lines that begin with a slash are for the program: /reset forgets the conversation, /system TEXT sets the system message
-(and forgets), /exit leaves, as does the end of the input. Ctrl-C ends the answer and not the program.
+Lines that begin with a slash are commands: /reset forgets the conversation, /system TEXT sets the system message and
+forgets the conversation, /exit ends the program, like the end of the input. Ctrl-C ends the response, not the program.
 
-The conversation is rendered by the checkpoint's own chat template, whole, at every turn, and an answer is what
-`generate` would say to it with the same seed: same prompt, same numbers drawn, one row.
+At every turn the checkpoint's chat template renders the whole conversation. A response is equal to that of `generate`
+with the same prompt and seed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from rollout.generation import check_room, uniform_numbers
 from rollout.sampling import SamplingParams, sample
 from run.config import Config
 from run.flags import one_line, parse_flags
+from run.options import Count, NotNegative, NumberOrNone, PositiveShare, Seed, Share, check_ranges
 from run.pretrained import load_policy, locate_pretrained
 from run.terminal import complain, run_program, say, write_error
 from tasks.task_base import RESPONSE_PREFIXES
 from tokenizer import IncrementalDecoder, Tokenizer
 
-SMALL_VOCABULARY = 1000  # the bundled model has some 300 ids; it has read nothing but Countdown
+SMALL_VOCABULARY = 1000  # the bundled model has about 300 ids and was trained on Countdown only
 
 
 @dataclass
@@ -43,32 +44,32 @@ class Options:
     ckpt: str = "countdown-tiny"
     """Checkpoint: a folder, a name under models/, or a Hugging Face repo id."""
     system: str | None = None
-    """System message; None: the chat template's own."""
-    max_new_tokens: int = 512
-    """Longest answer, in tokens."""
-    temperature: float = 0.7
-    """Sampling temperature; 0 takes the likeliest token each time."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens only; 0: off."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens with this probability; 1: off."""
-    min_p: float = 0.0
-    """Leave out tokens below this share of the likeliest one's probability; 0: off."""
-    seed: int = 0
-    """Seed of what is drawn; the same conversation with the same seed gets the same answers."""
+    """System message. None: the chat template's own."""
+    max_new_tokens: Count = 512
+    """Longest response, in tokens."""
+    temperature: NotNegative = 0.7
+    """Sampling temperature. 0: the likeliest token each time."""
+    top_k: NumberOrNone = 0
+    """Sample from the k likeliest tokens only. 0: off."""
+    top_p: PositiveShare = 1.0
+    """Sample from the smallest set of tokens with this probability. 1: off."""
+    min_p: Share = 0.0
+    """Leave out tokens below this share of the likeliest token's probability. 0: off."""
+    seed: Seed = 0
+    """Seed of the sampling. The same conversation with the same seed gets the same responses."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the model runs."""
+    """Device of the model."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Weights on the device; auto is bf16 for models that are not tiny."""
+    """Type of the weights on the device. auto: fp32 for tiny models, bf16 for the others."""
 
 
 @torch.inference_mode()
 def stream(
     model: Qwen2ForCausalLM, tokenizer: Tokenizer, prompt_ids: list[int], params: SamplingParams, seed: int = 0
 ) -> Iterator[int]:
-    """The ids of one answer as they are drawn, the stop id included: those that `generate` returns.
+    """Sample the ids of one response, the stop id included. They are equal to those of `generate`.
 
-    Raises ValueError where the prompt is empty or leaves no room for max_new_tokens, or the logits are not finite.
+    Raises ValueError if the prompt is empty or leaves no room for max_new_tokens, or if the logits are not finite.
     """
     check_room([prompt_ids], params.max_new_tokens, model.config.max_position_embeddings)
     model.eval()
@@ -102,20 +103,20 @@ class Chat:
     def greeting(self) -> str:
         if self.only_countdown:
             return (
-                "This small model has read Countdown problems and nothing else; give it one:\n"
+                "This small model was trained on Countdown problems only. Write one:\n"
                 "[3, 5, 2] = 13 asks for 13 from 3, 5 and 2, each used once."
             )
-        return f"Talking to {self.options.ckpt}. /reset, /system TEXT, /exit; Ctrl-C ends an answer."
+        return f"Talking to {self.options.ckpt}. /reset, /system TEXT, /exit; Ctrl-C ends a response."
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The conversation with `text` as its next message. The Countdown model has never seen a second turn."""
+        """The conversation with `text` as its next message. The Countdown model knows a single turn only."""
         past = [] if self.only_countdown else self.messages
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompt = self.tokenizer.render_chat([*system, *past, {"role": "user", "content": text}])
         return self.tokenizer.encode(prompt + (RESPONSE_PREFIXES["short"] if self.only_countdown else ""))
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer, whole characters each. What was said is remembered, also of an answer that was cut."""
+        """Yield pieces of the response, of whole characters. The conversation keeps them, also of a cut response."""
         ids, said = self.prompt_ids(text), ""
         decoder = IncrementalDecoder(self.tokenizer)
         try:
@@ -131,7 +132,7 @@ class Chat:
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
 
     def command(self, line: str) -> str | None:
-        """Do what a line that begins with a slash asks for; what to print, None to leave. ValueError: not known."""
+        """Run a command. Returns the text to print, None to leave. Raises ValueError for an unknown command."""
         word, _, rest = line.partition(" ")
         if word == "/exit":
             return None
@@ -144,11 +145,11 @@ class Chat:
 
 
 def talk(chat: Chat, ask: bool) -> None:
-    """Read lines until the input ends, or the output has no reader. `ask`: show a prompt, as to a person."""
+    """Read lines until the input ends, or the output has no reader. ask: print a prompt."""
     while not write_error(sys.stdout):
         try:
             line = input("> " if ask else "").strip()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: the terminal was closed
             return
         except KeyboardInterrupt:
             say("\n(/exit or Ctrl-D leaves)")
@@ -175,7 +176,9 @@ def talk(chat: Chat, ask: bool) -> None:
 
 def main(argv: list[str]) -> int:
     try:
-        chat = Chat(parse_flags(Options, argv))
+        options = parse_flags(Options, argv)
+        check_ranges(options)
+        chat = Chat(options)
     except (ValueError, OSError) as error:
         complain(f"chat.py: {one_line(error)}")
         return 2

@@ -37,6 +37,7 @@ from run.terminal import complain, run_program, say
 from study.intervals import difference_interval, pass_at_k, share_interval
 from update.step_metrics import reward_metrics
 
+MOST_SAMPLES = 2**16
 HELP = {"ckpt", "seed", "device", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "eval_problems"}
 HELP |= {field.name for field in dataclasses.fields(TaskOptions)} - {"curriculum", "overlong_buffer"}  # of the training
 
@@ -151,8 +152,8 @@ def main(argv: list[str]) -> int:
 
 def _samples(given: list[str]) -> int:
     text = given[-1] if given else "8"
-    if not (text.isdecimal() and int(text) > 0):
-        raise ValueError(f"--samples {text}: expected a whole number of at least 1")
+    if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MOST_SAMPLES):
+        raise ValueError(f"--samples {text:.40}: expected a whole number from 1 to {MOST_SAMPLES}")
     return int(text)
 
 

@@ -23,7 +23,6 @@ import jinja2
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from math_task import CountdownTask
 from qwen2_llm import Qwen2ForCausalLM
@@ -32,7 +31,8 @@ from rollout.sampling import SamplingParams
 from run.flags import normalise, one_line, parse_flags
 from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
-from run.terminal import complain, run_program
+from run.progress import plain
+from run.terminal import complain, printable, run_program
 from study.anatomy import FILTERS, compare, look
 from tokenizer import Tokenizer
 
@@ -167,9 +167,8 @@ def page(facts: dict) -> str:
 
 def print_text(facts: dict, console: Console) -> None:
     first, c = facts["looks"][0], facts["config"]
-    console.print(
-        f"{facts['names'][0]}: {facts['parameters']:,} parameters, {c['num_hidden_layers']} layers", style="bold"
-    )
+    size = f"{facts['parameters']:,} parameters, {c['num_hidden_layers']} layers"
+    console.print(plain(f"{facts['names'][0]}: {size}"), style="bold")
     row = " ".join(f"{visible(t['text'])}:{t['id']}" for t in first["tokens"])
     console.print(f"\n{len(first['tokens'])} tokens (text:id)\n{row}\n", markup=False)
     rows(console, "parts", ("part", "weight", "shapes", "times", "parameters", "FLOPs", "bytes"), [
@@ -202,7 +201,7 @@ def print_text(facts: dict, console: Console) -> None:
 
 def print_comparison(facts: dict, console: Console) -> None:
     moved, tokens = facts["compare"], facts["looks"][0]["tokens"]
-    console.print(f"{facts['names'][0]} -> {facts['names'][1]}", style="bold")
+    console.print(plain(f"{facts['names'][0]} -> {facts['names'][1]}"), style="bold")
     console.print(f"KL(after || before): {moved['mean_kl']:.4f} nats a token of the answer\n")
     order = sorted(range(len(tokens)), key=lambda i: -moved["kl"][i])[:10]
     rows(console, "where they differ most", ("after token", "KL of the next", "log-probability of the next one"), [
@@ -224,7 +223,7 @@ def rows(console: Console, title: str, header: tuple, body: list[tuple]) -> None
     for name in header:
         table.add_column(name)
     for cells in body:
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*(plain(str(cell)) for cell in cells))
     console.print(table, "")
 
 
@@ -238,9 +237,9 @@ def strongest(weights: list[float], tokens: list[dict]) -> tuple[str, str]:
 
 
 def visible(text: str) -> str:
-    """A token's text on one line, control characters and blanks shown."""
+    """A token's text on one line. Line ends, blanks and control characters are shown."""
     shown = text.replace("\n", "\u21b5").replace(" ", "\u00b7")
-    return "".join(c if c.isprintable() else "\u25a1" for c in shown)
+    return printable(shown, keep="")
 
 
 def main(argv: list[str]) -> int:

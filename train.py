@@ -3,31 +3,29 @@
     python train.py                                          # the bundled tiny model: minutes on two CPU cores
     python train.py --ckpt Qwen2.5-0.5B-Instruct             # the real job
     python train.py --config configs/cpu.yaml --steps 20     # a file, and flags over it
-    python train.py --resume                                 # go on with the newest run
+    python train.py --resume                                 # continue the newest run
     torchrun --nproc-per-node 2 train.py                     # two processes, one run: distributed.py
 
-Exit codes: 0 done; 2 a mistake, told in one line; 3 too many updates in a row were refused; 4 the last checkpoint could
-not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, after saving; 1 where one of several processes was lost.
+Exit codes: 0 done; 1 one of several processes was lost; 2 a mistake, told in one line; 3 too many updates in a row were
+refused, or an update broke the weights; 4 the last step could not be saved; 129, 130 and 143 stopped by a closed
+terminal, Ctrl-C or SIGTERM, after saving.
 
-Every problem is drawn by its number and every answer from a seed of its own (seed, step, prompt, sample), so there is
-no random state to carry from step to step: a resumed run does what the uninterrupted one would have done.
+Every problem is drawn by its number, and every response from its own seed (seed, step, prompt, sample). No random state
+passes from step to step, so a resumed run is equal to an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import random
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from data_types import Episode, MiniBatch, Problem
 from grpo import GRPO, rollout
@@ -35,40 +33,28 @@ from math_task import task_from_config
 from model.lora import has_lora, load_adapters, save_adapters, trainable
 from parallel import distributed
 from parallel.sharding import is_sharded, whole, whole_optimizer
-from qwen2_llm import Qwen2ForCausalLM
 from rollout.sampling import SamplingParams
-from run.checkpoint import (
-    NotFiniteError,
-    find_checkpoint,
-    first_not_finite,
-    load_checkpoint,
-    random_states,
-    rewind,
-    save_checkpoint,
-    set_random_states,
-)
-from run.config import Config, config_files, new_run_dir, parse_args
+from run.checkpoint import find_checkpoint, load_checkpoint, rewind, save_checkpoint
+from run.config import Config, config_files, parse_args
 from run.flags import one_line
 from run.memory_plan import describe, dry_run, peak_gib
 from run.pretrained import load_policy, locate_pretrained
-from run.resume_rules import Start, check_resume
+from run.random_states import random_states, set_random_states
+from run.run_folder import claim, where_to_begin
 from run.run_lock import RunLock
-from run.run_log import NoLog, RunLog, read_metrics
-from run.terminal import log_to_standard_error, run_program, write_now
+from run.run_log import NoLog, RunLog
+from run.stop_request import StopRequest
+from run.terminal import log_to_standard_error, run_program
 from run.terminal import say as say_here
-from run.trackers import check_installed
-from tokenizer import Tokenizer
+from run.weight_checks import NotFiniteError, broken_weight, check_logits
 from update.guards import NUMBERS_ENDED_IT, Guard, not_finite_answer
 from update.step_metrics import Metrics, reward_metrics
 
 logger = logging.getLogger("train")
-SHOWN = 8  # held-out answers of each evaluation that are kept for people
+SHOWN = 8  # held-out responses of each evaluation that are written to held_out.jsonl
 SHOWN_MEANS = ("reward", "solved", "full_format", "false_sums", "completions/mean_length",
                "completions/clipped_ratio", "frac_reward_missing")  # fmt: skip
 NOT_SAVED = 4  # exit code
-PROBE = "Use the numbers 3, 5 and 2 to make 13."  # a model's logits for it are checked before the model is saved
-HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
-STOPS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number]
 
 
 def train(config: Config) -> int:
@@ -84,14 +70,14 @@ def train_in(lock: RunLock, config: Config) -> int:
     resumed = start.checkpoint
     if config.dtype == "auto" and start.dtype:  # another machine would choose another type, say
         config = dataclasses.replace(config, dtype=start.dtype)
-    random.seed(config.seed)  # nothing here draws from the global generators, but a task of the user's may
+    random.seed(config.seed)  # nothing here draws from the global generators, but a user's task may
     torch.manual_seed(config.seed)
 
     task = task_from_config(config)
     model, tokenizer = load_policy(
         config, locate_pretrained(config.ckpt) if config.lora_rank or not resumed else resumed
     )
-    if resumed and config.lora_rank:  # the checkpoint's model.safetensors is merged; training goes on from its parts
+    if resumed and config.lora_rank:  # the checkpoint's model.safetensors is merged; training continues from its parts
         load_adapters(model, resumed / "adapter", config.lora_dropout)
     trainer = GRPO(config, model=model, tokenizer=tokenizer, task=task)
     held_out = task.test_problems(config.eval_problems)
@@ -116,7 +102,7 @@ def train_in(lock: RunLock, config: Config) -> int:
         distributed.on_main(lambda: rewind(run_dir, first, config.keep_checkpoints))
 
     stop = StopRequest()
-    told = dataclasses.replace(config, eval_problems=len(held_out))  # a finite data set may have fewer than asked for
+    told = dataclasses.replace(config, eval_problems=len(held_out))  # a data set may have fewer
     with distributed.on_main(lambda: RunLog(run_dir, told, total_steps=config.steps)) or NoLog() as log:
         if config.resume:
             log.truncate_after(first if resumed else -1)
@@ -144,7 +130,7 @@ def train_in(lock: RunLock, config: Config) -> int:
             if broken:
                 saved = False
                 break
-            # asked once: a signal after this line ends the next step, saved as well
+            # asked once: a signal after this line ends the next step, which is saved, too
             stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):
                 log.phase("saving")
@@ -201,45 +187,6 @@ def way_to_go_on(run_dir: Path, step: int) -> str:
     return f"go on{where} with: {python} train.py --resume {shlex.quote(str(run_dir))}"
 
 
-def find_resumed(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from; None: from the beginning. So is a run that was killed before its first checkpoint
-    was due, for what it did is cheaper to do again than to have no command that goes on."""
-    if not config.resume or (config.resume == "auto" and not (run_dir / "config.yaml").is_file()):
-        return None
-    where = "latest" if config.resume == "auto" else config.resume
-    try:
-        return find_checkpoint(where, run_dir)
-    except FileNotFoundError:
-        run = Path(where) if where != "latest" else run_dir
-        done = len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0
-        began = (run / "config.yaml").is_file() and not list(run.glob("checkpoints/[sl]*"))  # no step-... or latest
-        if not began or done > (config.save_every or config.steps) + 1:
-            raise
-    logger.warning("%s was ended before its first checkpoint: it begins again", run)
-    return None
-
-
-def where_to_begin(config: Config, lock: RunLock) -> Start:
-    """The checkpoint to continue from, if any. Refuses a run folder that is in use, holds another run, or cannot be
-    written, and options that a resume cannot apply. This comes before the model is loaded."""
-    if config.dry_run:
-        return check_resume(config, find_resumed(config, new_run_dir(config)))
-    run_dir = new_run_dir(config)
-    check_installed(config.log_to)
-    check_writable(run_dir)
-    if run_dir.is_dir():
-        lock.take(run_dir)
-    resumed = find_resumed(config, run_dir)
-    if holds_a_run(run_dir) and resumed is not None and resumed.resolve().parent.parent != run_dir.resolve():
-        raise ValueError(
-            f"--run-dir {run_dir} holds another run than {resumed}, which would overwrite it: leave --run-dir out, or "
-            "name a new folder"
-        )
-    if holds_a_run(run_dir) and config.resume is None:
-        raise ValueError(f"{run_dir} already holds a run: continue it with --resume, or name another --run-dir")
-    return check_resume(config, resumed)
-
-
 def apply_settings(trainer: GRPO, before: Config | None) -> None:
     """Let the options of a resumed run be those of its config, which the checkpoint's state does not know."""
     c = trainer.config
@@ -247,36 +194,6 @@ def apply_settings(trainer: GRPO, before: Config | None) -> None:
         group |= {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
     if before and (c.entropy_coef, c.entropy_target) != (before.entropy_coef, before.entropy_target):
         trainer.entropy_coef = trainer.applied_entropy_coef = c.entropy_coef  # an adaptive one begins anew
-
-
-def holds_a_run(run_dir: Path) -> bool:
-    """Whether a folder has metrics or checkpoints."""
-    metrics = run_dir / "metrics.jsonl"
-    return (metrics.is_file() and metrics.stat().st_size > 0) or any(run_dir.glob("checkpoints/step-*"))
-
-
-def check_writable(run_dir: Path) -> None:
-    """Raises ValueError if the run's folder cannot be made or written."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"--run-dir {run_dir}: {there} is a file, expected a folder")
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise ValueError(f"{there} cannot be written: name a folder for the run with --run-dir")
-
-
-def claim(config: Config, lock: RunLock) -> Path:
-    """Make the run's folder and lock it. Of two programs that were started together, each gets its own new folder."""
-    while True:
-        run_dir = new_run_dir(config)
-        try:
-            run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
-            lock.take(run_dir)
-            return run_dir
-        except OSError as error:
-            if isinstance(error, FileExistsError) and config.run_dir is None:
-                continue  # the other program was faster; the next number is free
-            reason = error.strerror or error
-            raise ValueError(f"{run_dir} cannot be written ({reason}): name a folder with --run-dir") from None
 
 
 def say(text: str) -> None:
@@ -288,9 +205,9 @@ def say(text: str) -> None:
 def evaluate(
     trainer: GRPO, problems: list[Problem], show: Callable[[list[Episode], bool], None] | None = None
 ) -> Metrics:
-    """Held-out problems, greedy and sampled: `eval_greedy_*` and `eval_*`, means over problems and answers.
+    """Evaluate on held-out problems, greedy and sampled: `eval_greedy_*` and `eval_*`, means over all responses.
 
-    show: gets an answer to each of the first few problems, and whether it was sampled (else it is greedy).
+    show: gets a response to each of the first few problems, and whether they were sampled (else they are greedy).
     """
     config, metrics = trainer.config, {}
     batch = MiniBatch.from_problems(problems, trainer.tokenizer)
@@ -303,8 +220,8 @@ def evaluate(
         )
         if (number := not_finite_answer(episodes)) is not None:
             problem, token = episodes[number].problem.id, len(episodes[number].response_ids) - 1
-            logger.warning("evaluation: not finite logits cut answers, which get no reward; the first is to problem "
-                           "%s, at token %d", problem, token)  # fmt: skip
+            logger.warning("evaluation: logits that are not finite cut responses, which get no reward; the first is to "
+                           "problem %s, at token %d", problem, token)  # fmt: skip
         if show:
             show(episodes[:: sampling.n][:SHOWN], sampling.temperature > 0)
         means = reward_metrics(episodes, trainer.task)
@@ -352,71 +269,13 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics, base_sum: st
     return distributed.from_main(written)
 
 
-@torch.no_grad()
-def check_logits(model: Qwen2ForCausalLM, tokenizer: Tokenizer) -> None:
-    """Raises NotFiniteError if the model's logits for a short text are not finite, as those of finite but huge weights.
-    Such a checkpoint could not be trained from, and would take the place of one that can."""
-    ids = tokenizer.encode(PROBE) or list(tokenizer.eos_token_ids)  # not a problem of the task, which may draw numbers
-    training = model.training
-    model.eval()
-    finite = model(torch.tensor([ids], device=model.device)).isfinite().all().item()
-    model.train(training)
-    if not finite:
-        raise NotFiniteError("the model's logits are NaN or infinite; try a lower --lr")
-
-
-def broken_weight(model: Qwen2ForCausalLM) -> str | None:
-    """The name of a trained weight that holds NaN or infinity, on whichever rank; None: all are finite."""
-    named = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
-    mine = first_not_finite((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named)
-    return next((name for name in distributed.gather_each(mine) if name), None)
-
-
-class StopRequest:
-    """Ctrl-C, SIGTERM and SIGHUP let the running step finish and be saved. A second signal ends the program at once.
-
-    A closed terminal sends SIGHUP more than once (the kernel, then the shell), and nobody could mean the second one.
-    It is ignored then, and after another signal. A program that was started with `nohup` ignores SIGHUP from the start.
-    """
-
-    def __init__(self):
-        self.requested: signal.Signals | None = None
-        self._on_terminal = _has_terminal()
-        for number in STOPS:
-            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._handle)
-
-    def agreed(self) -> bool:
-        """Whether any process received a signal. All processes then know it, and stop after the same step."""
-        number = max(distributed.gather_each(int(self.requested or 0)))
-        if number:
-            self.requested = signal.Signals(number)
-        return bool(number)
-
-    def _handle(self, number: int, frame) -> None:
-        closed = number != HANG_UP or (self._on_terminal and not _has_terminal())
-        for again in STOPS:  # before the message, so that a second signal is obeyed as soon as the message is there
-            signal.signal(again, signal.SIG_IGN if again == HANG_UP and closed else signal.SIG_DFL)
-        self.requested = signal.Signals(number)
-        if distributed.is_main():
-            write_now(f"\n{self.requested.name}: finishing this step, then saving; once more to leave at once\n")
-
-
-def _has_terminal() -> bool:
-    """Whether this process has a terminal that controls it, and that is still there."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
-    except (OSError, AttributeError):  # Windows has neither the file nor the flags
-        return False
-    return True
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What is said, and refused, before the first step
+# Checks before the first step
 
 
 def check_room(trainer: GRPO, held_out: list[Problem]) -> None:
-    """Refuse a cap that leaves the prompts no room: of a data set the longest ones, else held-out and first ones."""
+    """Raises ValueError if --max-new-tokens leaves no room for prompts: the longest ones of a data set, the held-out ones
+    and the first ones."""
     config, context = trainer.config, trainer.model.config.max_position_embeddings
     problems = held_out + trainer.task.problems("train", config.prompts_per_step) + trainer.task.longest_problems(4)
     lengths = [len(ids) for ids in MiniBatch.from_problems(problems, trainer.tokenizer).prompt_ids]
@@ -438,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     log_to_standard_error()
     if not distributed.is_main():
-        logging.disable(logging.WARNING)  # all processes would say the same
+        logging.disable(logging.WARNING)  # every process would log the same
     try:
         config = parse_args(argv)
         say("settings: " + ", ".join(str(path) for path in config_files(argv)) + (" and flags" if argv else ""))

@@ -47,7 +47,7 @@ from rollout.generation import generate
 from rollout.sampling import SamplingParams
 from run.flags import one_line
 from run.pretrained import locate_pretrained
-from run.terminal import complain, run_program
+from run.terminal import complain, printable, run_program, say
 from tasks.search_traces import draw_searcher, write_trace
 from tasks.sum_traces import draw_habits, write_working
 from tasks.task_base import Task
@@ -356,7 +356,7 @@ def report(model, tokenizer: Tokenizer, task: Task, options: Options) -> None:
         rates = evaluate(model, tokenizer, task, options.eval_problems, options.room + 20, temperature)
         example = rates.pop("example")
         print(f"{name:8}", "  ".join(f"{key} {value:.4f}" for key, value in rates.items()))
-        print("        " + example.replace("\n", "\n        "))
+        print("        " + printable(example).replace("\n", "\n        "))
 
 
 def make_task(options: Options) -> Task:
@@ -395,7 +395,7 @@ def main(options: Options) -> None:
     train(model, examples(task, tokenizer, options), options)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    print(f"written to {out}")
+    say(f"written to {out}")
     if options.eval_problems:
         report(model, tokenizer, task, options)
 

@@ -27,10 +27,8 @@ def rows_that_fit(config: Qwen2Config, tokens: int, dtype: torch.dtype, device: 
     computer's memory. At least 1."""
     c = config
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize * tokens
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0] // 2
-    else:
-        memory = psutil.virtual_memory().total // 4
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.mem_get_info(device)[0] // 2 if on_gpu else psutil.virtual_memory().total // 4
     return max(1, memory // row)
 
 

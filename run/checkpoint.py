@@ -1,23 +1,22 @@
-"""Save and resume: a checkpoint is whole or absent, and it is a Hugging Face folder besides.
+"""Save and resume: a checkpoint is whole or absent, and it is a Hugging Face folder.
 
     runs/<name>/checkpoints/latest                  the name of the newest whole checkpoint
     runs/<name>/checkpoints/step-000010/
         config.json model.safetensors tokenizer...  opens with transformers, vLLM, llama.cpp, and --ckpt
         optimizer.safetensors                       fp32 masters and moments, "<parameter's index>.<name>"
         trainer_state.json                          step, score, the trainer's state, the optimizer's settings
-        adapter/                                    PEFT's format, of a run with adapters; model.safetensors is merged
-        SHA256SUMS                                  `sha256sum -c SHA256SUMS` says the same as load_checkpoint
+        adapter/                                    LoRA in PEFT's format; model.safetensors is merged then
+        SHA256SUMS                                  load_checkpoint and `sha256sum -c SHA256SUMS` compare with it
 
-Where this departs from `torch.save` in the run's folder: everything is written into a folder beside, every file is
-synced to the disk, the folder gets its name in one rename, and `latest` moves only then; so a kill at any moment, or a
-full disk, leaves what was there before. Old checkpoints are deleted last. Nothing is pickled: a checkpoint from a
-stranger can be wrong, but it can not run code.
+Departure from `torch.save` into the run's folder: everything is written into a temporary folder, every file is synced
+to the disk, the folder gets its name in one rename, and then `latest` moves. A kill at any moment, or a full disk,
+leaves the checkpoints that were there before. Old checkpoints are deleted last. Nothing is pickled: a checkpoint of
+somebody else can be wrong, but it cannot run code. Weights that are NaN or infinite are not saved.
 
-    save_checkpoint(run_dir, step, model, tokenizer, optimizer, {"seen": 320, "random": random_states()}, keep=3)
+    save_checkpoint(run_dir, step, model, tokenizer, optimizer, {"seen": 320}, keep=3)
     folder = find_checkpoint("latest", run_dir)
     model = Qwen2ForCausalLM.from_pretrained(folder)  # then build the optimizer, and
-    state = load_checkpoint(folder, optimizer)        # and rewind(run_dir, state["step"]) where it is not the latest
-    set_random_states(state["random"])
+    state = load_checkpoint(folder, optimizer)        # and rewind(run_dir, state["step"]) if it is not the latest
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +36,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-TEMPORARY = ".unfinished-"  # what begins so is not a checkpoint: being written, or being deleted
+from run.weight_checks import NotFiniteError, first_not_finite
+
+TEMPORARY = ".unfinished-"  # prefix of folders that are being written or deleted: they are no checkpoints
 REPLACED = ".replaced"
 STATE, OPTIMIZER, SUMS = "trainer_state.json", "optimizer.safetensors", "SHA256SUMS"
-
-
-class NotFiniteError(ValueError):
-    """Weights or optimizer state hold NaN or infinity: nobody could train on from such a checkpoint."""
 
 
 # --- save
@@ -105,11 +101,11 @@ def _write_files(folder: Path, model, tokenizer, optimizer, record: dict[str, An
         if extra is not None:
             extra(folder)
         save_file(tensors, folder / OPTIMIZER)
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # safetensors reports a full disk so
         raise OSError(f"{folder}: {error}") from error
     text = json.dumps({**record, "optimizer": settings}, indent=1)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
-    # The trainer's state comes last, so that a list of sums that was cut off is noticed by its absence.
+    # The trainer's state is the last line, so that a list of sums that was cut off is noticed.
     inside = list(folder.rglob("*"))
     names = [path.relative_to(folder).as_posix() for path in inside if path.is_file()]
     names.sort(key=lambda name: (name == STATE, name))
@@ -119,7 +115,7 @@ def _write_files(folder: Path, model, tokenizer, optimizer, record: dict[str, An
 
 
 def _move_into_place(unfinished: Path, final: Path) -> None:
-    """Rename; a checkpoint of the same step steps aside, under a name that `find_checkpoint` and `_tidy` know."""
+    """Rename. A checkpoint of the same step gets another name first, which `find_checkpoint` and `_tidy` know."""
     aside = final.with_name(final.name + REPLACED)
     if final.exists():
         os.rename(final, aside)
@@ -155,11 +151,11 @@ def _delete_old(folder: Path, newest: Path, keep: int) -> None:
 
 
 def rewind(run_dir: str | Path, step: int, keep: int | None = None) -> None:
-    """Let `latest` be the checkpoint of `step`, of a run that will go on from there. Call it before its log is cut,
-    so that log and checkpoint agree whenever the run dies. The next save deletes the checkpoints after it.
+    """Let `latest` be the checkpoint of `step`, before a run continues from there. Call it before the log is cut, so
+    that log and checkpoint agree after a kill at any time. The next save deletes the checkpoints of later steps.
 
-    keep: as for `save_checkpoint`. Where none is after it, the old ones go now: the save that was to delete them may
-    have been killed, and of a run that is at its end there is no next one.
+    keep: as for `save_checkpoint`. If there is no later checkpoint, surplus old ones are deleted now: the save that
+    should have deleted them may have been killed, and a run at its end has no next save.
     """
     folder = Path(run_dir) / "checkpoints"
     _tidy(folder)
@@ -175,7 +171,7 @@ def rewind(run_dir: str | Path, step: int, keep: int | None = None) -> None:
 
 
 def find_checkpoint(where: str | Path, run_dir: str | Path | None = None) -> Path:
-    """The checkpoint meant: "latest" of `run_dir`, the latest of the run folder `where`, or the folder `where` itself.
+    """The folder of a checkpoint: of "latest" in `run_dir`, of the latest in the run folder `where`, or `where` itself.
 
     Raises FileNotFoundError with one line.
     """
@@ -187,12 +183,12 @@ def find_checkpoint(where: str | Path, run_dir: str | Path | None = None) -> Pat
     folder = where / "checkpoints" if where.name != "checkpoints" else where
     latest = folder / "latest"
     if not latest.is_file():
-        whole = _checkpoints(folder)  # the first save was killed between its two renames: the first makes it whole
+        whole = _checkpoints(folder)  # the first save was killed before it wrote `latest`; the folder is whole
         if whole:
             return whole[-1]
         raise FileNotFoundError(f"no checkpoint in {where}: expected a checkpoint's folder, or a run's with {latest}")
     name = latest.read_text(encoding="utf-8").strip()
-    for candidate in (folder / name, folder / (name + REPLACED)):  # the latter: killed between two renames
+    for candidate in (folder / name, folder / (name + REPLACED)):  # the second: killed between two renames
         if Path(name).name == name and (candidate / STATE).is_file():
             return candidate
     raise FileNotFoundError(
@@ -201,10 +197,10 @@ def find_checkpoint(where: str | Path, run_dir: str | Path | None = None) -> Pat
 
 
 def load_checkpoint(folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Verify a checkpoint, put the optimizer's state back, and return the trainer's; its "step" and "score" are in it.
+    """Verify a checkpoint, restore the optimizer's state, and return the trainer's state with "step" and "score".
 
     The weights are loaded by `Qwen2ForCausalLM.from_pretrained(folder)`, in the dtype they were saved in.
-    Raises FileNotFoundError, or ValueError where a file is not the one that was saved, with one line.
+    Raises FileNotFoundError, or ValueError if a file is not the one that was saved, with one line.
     """
     folder = Path(folder)
     verify_checkpoint(folder)
@@ -265,36 +261,6 @@ def verify_checkpoint(folder: str | Path) -> None:
             raise ValueError(f"{path} is not what was saved (its SHA-256 differs); resume from another checkpoint")
 
 
-# --- random states
-
-
-def random_states(**generators: torch.Generator) -> dict[str, Any]:
-    """The states of Python's and torch's global generators and of those named, as JSON: hexadecimal text and lists."""
-    states: dict[str, Any] = {"python": random.getstate(), "torch": _hex(torch.get_rng_state())}
-    if torch.cuda.is_available():
-        states["cuda"] = [_hex(state) for state in torch.cuda.get_rng_state_all()]
-    return states | {f"generator.{name}": _hex(generator.get_state()) for name, generator in generators.items()}
-
-
-def set_random_states(states: dict[str, Any], **generators: torch.Generator) -> None:
-    """Put back what `random_states` with the same names gave."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(_unhex(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_unhex(state) for state in states["cuda"]])
-    for name, generator in generators.items():
-        generator.set_state(_unhex(states[f"generator.{name}"]))
-
-
-def _hex(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _unhex(text: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
 # --- small things
 
 
@@ -312,7 +278,7 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def _join(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict that `_split` took apart; JSON made lists of tuples such as betas."""
+    """The inverse of `_split`. JSON turned tuples such as betas into lists; they become tuples again."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in settings["scalars"].items()}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -325,7 +291,7 @@ def _join(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[st
 
 
 def _tidy(folder: Path) -> None:
-    """Clear away what killed processes left."""
+    """Delete or restore the folders of a save that was killed."""
     for path in folder.glob(f"*{REPLACED}"):
         final = path.with_name(path.name.removesuffix(REPLACED))
         if final.exists():
@@ -338,7 +304,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Rename, then delete: half a checkpoint must not look like one."""
+    """Rename, then delete: a checkpoint that is half deleted must not look like one."""
     doomed = path.with_name(TEMPORARY + path.name)
     try:
         os.rename(path, doomed)
@@ -372,16 +338,6 @@ def _record(path: Path) -> dict[str, Any]:
 def _score(record: dict[str, Any]) -> float | None:
     score = record.get("score")
     return score if isinstance(score, (int, float)) and not math.isnan(score) else None
-
-
-def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None: all are finite. The device is asked once."""
-    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if not named:
-        return None
-    ends = torch.stack([torch.stack(torch.aminmax(tensor)).float() for _, tensor in named])  # NaN passes through
-    finite = ends.isfinite().all(1).tolist()
-    return next((name for (name, _), good in zip(named, finite) if not good), None)
 
 
 def _sync(path: Path) -> None:

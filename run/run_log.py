@@ -146,13 +146,13 @@ class RunLog:
     def log_held_out(
         self, step: int, episodes: list[Episode], sampled: bool, decode: Callable[[list[int]], str]
     ) -> None:
-        """Write a few held-out answers to held_out.jsonl, so that the first and the last can be compared.
+        """Write a few held-out responses to held_out.jsonl, so that the first and the last can be compared.
 
         sampled: True at the run's temperature, False greedy.
         """
         records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
-        self._texts |= held_out_texts(episodes)
+        self._texts |= held_out_texts(episodes, sampled)
 
     def truncate_after(self, step: int) -> None:
         """Forget what was logged after `step`: a run resumed from there will log it again.

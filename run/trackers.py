@@ -155,9 +155,10 @@ def sample_texts(episodes: list[Episode]) -> dict[str, str]:
     return {name: _text(found[0]) for name, found in chosen.items() if found}
 
 
-def held_out_texts(episodes: list[Episode]) -> dict[str, str]:
+def held_out_texts(episodes: list[Episode], sampled: bool) -> dict[str, str]:
     """The first responses to held-out problems, which are the same problems in every evaluation."""
-    return {f"held_out/{number}": _text(episode) for number, episode in enumerate(episodes[:4])}
+    kind = "sampled" if sampled else "greedy"
+    return {f"held_out_{kind}/{number}": _text(episode) for number, episode in enumerate(episodes[:4])}
 
 
 def _text(episode: Episode) -> str:

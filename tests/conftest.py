@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in dir(signal)]  # Windows has two
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -86,7 +87,7 @@ def message_of(error: pytest.ExceptionInfo) -> str:
 @pytest.fixture(autouse=True)
 def _signal_handlers():
     """train.py takes Ctrl-C over; give it back."""
-    handlers = {number: signal.getsignal(number) for number in train_signals()}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -21,6 +21,7 @@ import grpo
 import train
 from data_types import Problem, Reward
 from qwen2_llm import Qwen2ForCausalLM
+from run import stop_request
 from run.checkpoint import find_checkpoint, verify_checkpoint
 from tasks.task_base import Task
 
@@ -287,9 +288,9 @@ def test_a_second_signal_leaves_at_once(capfd):
 def test_a_closed_terminal_is_no_second_signal(monkeypatch, there, action):
     """CHECKLIST 45: the shell repeats the kernel's SIGHUP; one that is sent by hand is a second signal."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    monkeypatch.setattr(train, "_has_terminal", lambda: True)
+    monkeypatch.setattr(stop_request, "_has_terminal", lambda: True)
     stop = train.StopRequest()
-    monkeypatch.setattr(train, "_has_terminal", lambda: there)
+    monkeypatch.setattr(stop_request, "_has_terminal", lambda: there)
     os.kill(os.getpid(), signal.SIGHUP)
     assert stop.requested == signal.SIGHUP
     assert signal.getsignal(signal.SIGHUP) == action

@@ -21,12 +21,11 @@ from run import checkpoint
 from run.checkpoint import (
     find_checkpoint,
     load_checkpoint,
-    random_states,
     rewind,
     save_checkpoint,
-    set_random_states,
     verify_checkpoint,
 )
+from run.random_states import random_states, set_random_states
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -38,15 +38,15 @@ def test_samples_are_texts_in_tensorboard(tmp_path):
     """Two of each step, and the same held-out problems every time; as code, so that no response is a picture."""
     decode = str
     with RunLog(tmp_path, Config(), total_steps=2) as log:
-        log.log_held_out(0, [episode("before", 0.0)], decode)
+        log.log_held_out(0, [episode("before", 0.0)], False, decode)
         log.log_step(0, {"eval_reward": 0.0})
         log.log_samples(1, [episode("low", 0.0), episode("![x](http://y)\n# high", 1.0)], decode)
         log.log_step(1, {"reward": 0.5})
         log.log_samples(2, [episode("only \ud800\x1b", 0.5)], decode)
-        log.log_held_out(2, [episode("after", 1.0)], decode)
+        log.log_held_out(2, [episode("after", 1.0)], False, decode)
         log.log_step(2, {"reward": 0.5, "eval_reward": 1.0})
     texts = texts_of(tmp_path)
-    held_out = texts["held_out/0/text_summary"]
+    held_out = texts["held_out_greedy/0/text_summary"]
     assert [step for step, _ in held_out] == [0, 2]
     assert "Make 5." in held_out[0][1]
     assert held_out[1][1].endswith("    after")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HIDDEN_MODULES = ["resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog"]
 HIDDEN_CALLS = {
     "os": ["sysconf", "killpg", "getpgid", "setsid", "fork", "forkpty", "getuid", "geteuid", "seteuid", "getrusage",
-           "O_NOCTTY", "O_NONBLOCK", "mkfifo", "nice", "sched_getaffinity", "getloadavg", "uname", "statvfs"],
+           "O_NOCTTY", "mkfifo", "nice", "sched_getaffinity", "getloadavg", "uname", "statvfs"],
     "signal": ["SIGKILL", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGXFSZ", "alarm", "setitimer", "pthread_kill",
                "pthread_sigmask", "sigwait"],
     "socket": ["AF_UNIX"],
