@@ -274,8 +274,8 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics, base_sum: st
 
 
 def check_room(trainer: GRPO, held_out: list[Problem]) -> None:
-    """Raises ValueError if --max-new-tokens leaves no room for prompts: the longest ones of a data set, the held-out ones
-    and the first ones."""
+    """Raises ValueError if --max-new-tokens leaves no room for a prompt: the longest of a data set, the held-out and
+    the first ones."""
     config, context = trainer.config, trainer.model.config.max_position_embeddings
     problems = held_out + trainer.task.problems("train", config.prompts_per_step) + trainer.task.longest_problems(4)
     lengths = [len(ids) for ids in MiniBatch.from_problems(problems, trainer.tokenizer).prompt_ids]

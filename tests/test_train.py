@@ -353,7 +353,7 @@ def drop_tensor(path: Path) -> None:
 
 BROKEN = {
     "half-downloaded weights": (lambda f: half(f / "model.safetensors"), ["model.safetensors", "download it again"]),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", "download it again"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", "no weights of any kind"]),
     "a missing tensor": (lambda f: drop_tensor(f / "model.safetensors"), ["model.norm.weight"]),
     "wrong shapes": (
         lambda f: edit_json(f / "config.json", intermediate_size=64),
