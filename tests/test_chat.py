@@ -158,9 +158,21 @@ def test_a_reader_that_goes_ends_the_program_without_a_traceback():
     assert (program.returncode, error) == (0, b"")
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"), [(["--ckpt", "no/such"], "no/such"), (["--top-p", "2"], "top_p=2"), (["--temp", "1"], "temp")]
-)
+MISTAKES = [
+    (["--ckpt", "no/such"], "no/such"),
+    (["--top-p", "2"], "--top-p 2: expected a number above 0 and up to 1"),
+    (["--temp", "1"], "temp"),
+    (["--temperature", "-1"], "--temperature -1: expected 0 or more"),
+    (["--temperature", "nan"], "--temperature nan: expected a finite number"),
+    (["--seed", "1" + "0" * 22], "--seed 1000"),
+    (["--seed", "1" + "0" * 5000], "--seed"),
+    (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
+    (["--max-new-tokens", "1" + "0" * 12], "--max-new-tokens 1000"),
+    (["--top-k", "-1"], "--top-k -1: expected 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("argv", "said"), MISTAKES, ids=lambda x: " ".join(x)[:24] if isinstance(x, list) else "")
 def test_bad_input_is_one_line_and_exit_code_2(argv, said, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err
