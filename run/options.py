@@ -20,6 +20,11 @@ BUNDLED_CKPT = "countdown-tiny"
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e9  # of every number without a range of its own
 
 
+def in_full(number: float) -> str:
+    """A whole number with all its digits, any other one in short."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
 class Range(NamedTuple):
     """The numbers that an option may have. `above`: `low` itself is not allowed."""
 
@@ -31,10 +36,10 @@ class Range(NamedTuple):
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
+        low = in_full(self.low)
         if self.high in (LARGEST_INT, LARGEST_FLOAT):
-            return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
-        low = f"above {self.low:g} and up" if self.above else f"from {self.low:g}"
-        return f"a number {low} to {self.high:g}"
+            return f"a number above {low}" if self.above else f"{low} or more"
+        return f"a number {f'above {low} and up' if self.above else f'from {low}'} to {in_full(self.high)}"
 
 
 Count = Annotated[int, Range(1, LARGEST_INT)]
@@ -430,5 +435,6 @@ def check_ranges(options: Any) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{flag} {shown}: expected a finite number")
             if not limit.holds(value):
-                most = f", at most {limit.high:g}" if value > limit.high and f"{limit.high:g}" not in str(limit) else ""
+                high = in_full(limit.high)
+                most = f", at most {high}" if value > limit.high and high not in str(limit) else ""
                 raise ValueError(f"{flag} {shown}: expected {limit}{most}")

@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class RunLog:
         """Let every tracker take something. A package that fails otherwise than by the disk is not asked again."""
         for tracker in list(self._trackers):
             try:
-                self._try(tracker.name, lambda tracker=tracker: values(tracker))
+                self._try(tracker.name, partial(values, tracker))
             except Exception as error:  # packages of others raise anything, and a run is worth more than its charts
                 complain(f"WARNING: {tracker.name} failed ({one_line(error)}); the run goes on without it")
                 self._trackers.remove(tracker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import FrameType
 
 from parallel import distributed
 from run.terminal import write_now
@@ -19,7 +20,7 @@ class StopRequest:
     It is ignored then, and after another signal. A program that was started with `nohup` ignores SIGHUP from the start.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._on_terminal = _has_terminal()
         for number in STOPS:
@@ -33,7 +34,7 @@ class StopRequest:
             self.requested = signal.Signals(number)
         return bool(number)
 
-    def _handle(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         closed = number != HANG_UP or (self._on_terminal and not _has_terminal())
         for again in STOPS:  # before the message, so that a second signal is obeyed as soon as the message is there
             signal.signal(again, signal.SIG_IGN if again == HANG_UP and closed else signal.SIG_DFL)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +47,11 @@ def check_installed(log_to: tuple[str, ...]) -> None:
 def open_trackers(config: Config, run_dir: Path) -> list[Tracker]:
     """All trackers of `--log-to`. Raises ValueError, with one line, if one cannot be started."""
     check_installed(config.log_to)
-    kinds = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+    kinds: dict[str, Callable[[Config, Path], Tracker]] = {
+        "tensorboard": TensorBoard,
+        "wandb": Wandb,
+        "trackio": Trackio,
+    }
     opened: list[Tracker] = []
     for name in config.log_to:
         try:
@@ -64,7 +69,8 @@ class TensorBoard:
     name = "TensorBoard events"
 
     def __init__(self, config: Config, run_dir: Path):
-        self._folder, self._purge_step = str(run_dir), None
+        self._folder = str(run_dir)
+        self._purge_step: int | None = None
         self._writer: Any = None
 
     def log(self, step: int, values: Values, texts: dict[str, str]) -> None:

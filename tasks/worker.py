@@ -99,7 +99,9 @@ class Worker:
 
     def _start(self) -> subprocess.Popen:
         root, mark = Path(__file__).resolve().parent.parent, MARK + uuid.uuid4().hex
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from tasks.worker import main; main()"
+        # The function's prints cannot fail.
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from run.terminal import replace_streams; "
+        code += "replace_streams(); from tasks.worker import main; main()"
         # A session (Windows: a process group) of its own: Ctrl-C is for the parent only.
         self._process = process = subprocess.Popen(
             [sys.executable, "-c", code, str(root), mark],
