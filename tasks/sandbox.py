@@ -201,6 +201,7 @@ def user_judge(source: str, options: dict[str, Any]) -> Callable[[Problem, str],
     """Runs in the worker: reward and diagnostics of a user's task, checked."""
     task = load_user_task(source, options)
     task.reward = _once(task.reward)  # type: ignore[assignment, method-assign]
+    task.is_correct = _yes_or_no(task.is_correct)  # type: ignore[assignment, method-assign]
 
     def judge(problem: Problem, response: str) -> Judged:
         try:
@@ -247,6 +248,18 @@ def _once(reward: Callable[[Problem, str], Reward]) -> Callable[[Problem, str], 
         return last[2]
 
     return once
+
+
+def _yes_or_no(is_correct: Callable[[Problem, str], Any]) -> Callable[[Problem, str], Any]:
+    """The same function, which refuses None and text: a forgotten `return` would else fail for every answer."""
+
+    def checked(problem: Problem, answer: str) -> Any:
+        value = is_correct(problem, answer)
+        if value is None or isinstance(value, str | bytes):
+            raise RefusedError(f"is_correct returned {type(value).__name__}, expected True or False")
+        return value
+
+    return checked
 
 
 def _checked(reward: Reward) -> tuple[float, dict[str, float]]:

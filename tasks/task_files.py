@@ -12,6 +12,7 @@ float32 of 0.1 must stay 0.1. pandas would need pyarrow as well.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ def read_splits(
     If there are test files and validation files, the test files are the held-out rows and no validation row is used.
     Raises FileNotFoundError or ValueError, in one line.
     """
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{data}: the column {columns[0]} is given twice; question and answer need two columns")
     folder = find_data(data)
     if subset and (folder / subset).is_dir():
         folder = folder / subset
@@ -100,7 +103,7 @@ def held_out_words(file: Path, root: Path) -> set[str]:
     inside = file.relative_to(root).parts if file != root else (file.name,)
     parts = [part.removesuffix(file.suffix) for part in inside]
     words = {word.lower() for part in parts for word in (*_WORD.findall(part), *_WORD.findall(part.lower()))}
-    holder = (root if file != root else root.parent).absolute().name.lower()
+    holder = os.path.basename(os.path.abspath(root if file != root else root.parent)).lower()
     if not words & {"train", "training"}:
         words.add(holder)
     return words & (TEST_WORDS | OTHER_HELD_OUT_WORDS)
@@ -134,7 +137,7 @@ def find_data(data: str | Path) -> Path:
     Raises FileNotFoundError, in one line, if it is neither.
     """
     path = home_path(data)
-    if path.exists():
+    if path_exists(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(data)) or path.suffix in SUFFIXES:
         raise FileNotFoundError(f"{data}: no such data file or folder (looked in {Path.cwd()})")
@@ -147,6 +150,14 @@ def find_data(data: str | Path) -> Path:
         why = f"no folder of that name in {Path.cwd()}, and the Hub gave none ({first_line(error)})"
         hint = "download it on a machine with network and give --data FOLDER"
         raise FileNotFoundError(f"{data}: {why}; {hint}") from error
+
+
+def path_exists(path: Path) -> bool:
+    """`path.exists()`, and False for a path that the system refuses."""
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def data_files(path: str | Path) -> list[Path]:
@@ -207,12 +218,23 @@ def _read_parquet(file: Path, columns: tuple[str, ...], optional: tuple[str, ...
             # 0.1 in float32 is 0.100000001490116; its shortest text is 0.1
             values = [float(str(value)) for value in column.to_numpy()]
             table = table.set_column(table.column_names.index(name), name, [values])
-    yield from enumerate(table.to_pylist(), start=1)
+    try:
+        yield from enumerate(table.to_pylist(), start=1)
+    except UnicodeDecodeError as error:
+        number = next(i for i in range(table.num_rows) if not _is_text(table.slice(i, 1)))
+        raise ValueError(f"{file}, row {number + 1}: not UTF-8 text ({first_line(error)})") from error
+
+
+def _is_text(table: Any) -> bool:
+    try:
+        return bool(table.to_pylist())
+    except UnicodeDecodeError:
+        return False
 
 
 def _read_jsonl(file: Path, columns: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, _json_row(f"{file}, line {number}", line, columns, optional)

@@ -125,7 +125,7 @@ class Worker:
         try:
             data = pickle.dumps(arguments)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise WorkerError("raised", f"the problem cannot be sent to a worker ({first_line(error)})") from error
+            raise WorkerError("refused", f"the problem cannot be sent to a worker ({first_line(error)})") from error
         assert process.stdin is not None
         try:
             process.stdin.write(pickle.dumps((self._number, math.ceil(deadline_s) + 1, data)))

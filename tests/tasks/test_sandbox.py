@@ -273,6 +273,21 @@ REWARD = "    def reward(self, problem, response):\n        return "
             "returned a Problem with half of a character",
         ),
         (TASK.replace("return True", "raise NotImplementedError('later')") + "    pass\n", "later"),
+        (TASK.replace("return True", "pass") + "    pass\n", "is_correct returned NoneType, expected True or False"),
+        (TASK.replace("return True", "return 'no'") + "    pass\n", "is_correct returned str, expected True or False"),
+        (
+            TASK + "    def reward(self, response):\n        pass\n",
+            "T.reward has the arguments (self, response); expected (self, problem, response)",
+        ),
+        (
+            TASK + "    def train_problem(self):\n        pass\n",
+            "T.train_problem has the arguments (self); expected (self, index)",
+        ),
+        (TASK + "    diagnostics = 3\n", "T.diagnostics is int, expected a method"),
+        (
+            TASK.replace("index)\n\nclass Whole", "lambda: 1)\n\nclass Whole") + "    pass\n",
+            "the problem cannot be sent to a worker",
+        ),
         (TASK + REWARD + "1.0\n", "it returned float, expected Reward(total, parts)"),
         (TASK + REWARD + "Reward('good', {})\n", "total is str, expected a number"),
         (TASK + REWARD + "Reward(1, {'a': None})\n", "reward part a is NoneType, expected a number"),

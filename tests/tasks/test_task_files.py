@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from math_task import CountdownTask, MathDataset, make_task
+from math_task import CountdownTask, MathDataset, make_task, task_from_config
+from run.config import Config
 from tasks.messages import closest, did_you_mean, first_line, home_path
 from tasks.task_files import held_out_words, read_rows, read_splits
 
@@ -190,6 +191,9 @@ def test_half_of_a_character_is_refused_in_every_task(tmp_path):
         ({"nums": [7], "target": 8}, "the number 7 alone cannot reach the target 8"),
         ({"nums": [10**9] * 40, "target": 8}, "the numbers need 439 characters; an answer has at most 200"),
         ({"nums": [], "target": 8}, "expected whole numbers"),
+        ({"nums": [1, 2], "target": 2.5}, "expected whole numbers"),
+        ({"nums": [1, "2"], "target": 3}, "expected whole numbers"),
+        ({"nums": None, "target": 3}, "expected whole numbers"),
     ],
 )
 def test_a_countdown_row_that_no_answer_can_solve_is_refused_with_file_and_number(tmp_path, row, message):
@@ -209,6 +213,9 @@ def test_numbers_of_your_own_that_cannot_be_used_are_refused():
     ("answers", "type_", "right", "wrong"),
     [
         ([1e-05, 2e-05], pa.float64(), ["0.00001", "1e-5", "1/100000"], ["0.0001", "0"]),
+        ([0.1 + 0.2, 1 / 3], pa.float64(), ["0.3", "3/10", "0.30000000000000004"], ["0.3000001", "0"]),
+        ([100 / 3, 1.0], pa.float64(), ["100/3"], ["33.33", "33.3333333"]),
+        ([2**60, 1], pa.int64(), [str(2**60)], [str(2**60 + 1)]),
         ([0.1, 0.2], pa.float32(), ["0.1", "1/10", ".1"], ["0.10000000149", "0.2"]),
         ([2.5, 0.2], pa.float16(), ["2.5", "5/2"], ["2.4"]),
         ([1e300, 0.2], pa.float64(), ["1e300", "1" + "0" * 300], ["1e299"]),
@@ -240,6 +247,41 @@ def test_a_question_from_outside_is_checked_too(answer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Columns and paths
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "arithmetic", "data": "a.jsonl"}, "task arithmetic reads no file, so --data a.jsonl has no effect"),
+        ({"task": "arithmetic", "answer_column": "x"}, "so --answer-column x has no effect; take --task jsonl"),
+        ({"task": "countdown", "question_column": "x"}, "columns of a data file are named, but there is none"),
+        ({"task": "jsonl", "data": ""}, "--data is empty"),
+        ({"task": "jsonl", "data": "a.jsonl", "question_column": " "}, "--question-column is empty"),
+        ({"task": "arithmetic", "reward": ""}, "--reward is empty"),
+        ({"task": "jsonl", "data": "FILE", "question_column": "answer"}, "the column answer is given twice"),
+        ({"task": "jsonl", "data": "x" * 5000}, "no such data file or folder"),
+        ({"task": "x" * 5000 + ".py:T"}, "no such file"),
+        ({"task": "a.py:"}, "expected path/to/file.py:MyTask"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(tmp_path, options, message):
+    file = write(tmp_path / "a.jsonl", [{"question": "A?", "answer": "B"}])
+    options = {name: str(file) if value == "FILE" else value for name, value in options.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        task_from_config(Config(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_windows_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "A?", "answer": "B"}\r\n' * 1)
+    assert list(make_task("jsonl", data=str(tmp_path / "a.jsonl"))) == [("A?", "B")]
+
+
+def test_text_in_parquet_that_is_not_utf8_is_refused_with_file_and_number(tmp_path):
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"], pa.binary()).buffers())
+    pa.parquet.write_table(pa.table({"question": text, "answer": ["1", "2"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: not UTF-8 text"):
+        make_task("jsonl", data=str(tmp_path / "a.parquet"))
 
 
 def test_columns_by_name(tmp_path):
