@@ -167,6 +167,24 @@ def test_processes_of_a_worker_end_if_the_training_process_is_killed(starts):
     assert all_end(told(file))
 
 
+def test_processes_of_a_busy_worker_end_at_once_if_the_training_process_is_killed(starts):
+    file = starts / "pids"
+    code = f"""
+    import os, sys, threading, time
+    sys.path[:0] = [{str(ROOT)!r}, {str(starts)!r}]
+    from tasks.worker import Worker
+    worker = Worker("starts:maker", deadline_s=60)
+    worker.call("thread", {str(file)!r}, "return")
+    threading.Thread(target=worker.call, args=("session", {str(file)!r}, "hang"), daemon=True).start()
+    while len(open({str(file)!r}).read().split()) < 2:
+        time.sleep(0.05)
+    os.kill(os.getpid(), 9)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert len(told(file)) == 2
+    assert all_end(told(file))
+
+
 def test_a_reply_with_the_number_of_an_earlier_request_is_not_taken(starts):
     """The number of the first request is 2, because making the function is the first exchange."""
     worker = Worker("starts:late", deadline_s=20)
