@@ -178,6 +178,7 @@ def math_task(tmp_path_factory):
     ],
 )
 def test_math_answers_are_compared_as_mathematics(math_task, target, answer, right):
+    """CHECKLIST 61."""
     problem = math_task.problem_from("What is it?", target)
     assert math_task.reward(problem, respond(answer)).parts["answer"] == float(right)
 

@@ -127,6 +127,7 @@ def test_false_sums(text, expected):
     ],
 )
 def test_notations_of_a_plain_number(text, value):
+    """CHECKLIST 61."""
     assert plain_number(text) == value
 
 
@@ -245,7 +246,7 @@ CONTINUED = [
 
 @pytest.mark.parametrize("text", CONTINUED)
 def test_an_equality_with_a_neighbour_that_can_continue_it_is_not_judged(text):
-    """A right sum must not count as false, because --arithmetic-weight charges for it; nor a wrong one as right."""
+    """CHECKLIST 57: a right sum does not count as false, because --arithmetic-weight charges for it."""
     assert false_sums(text) == (0, 0)
 
 

@@ -335,7 +335,7 @@ COUNTING = (
 
 
 def test_a_reward_is_called_once_for_each_response(tmp_path):
-    """A reward of 0.6 s has time in a deadline of 1 s, although its diagnostics need the reward as well."""
+    """CHECKLIST 63: a reward of 0.6 s has time in a deadline of 1 s, also if its diagnostics need the reward."""
     counted = tmp_path / "counted"
     (tmp_path / "mine.py").write_text(COUNTING.replace("COUNTED", repr(str(counted))))
     task = SandboxedTask(f"{tmp_path / 'mine.py'}:T", deadline_s=1.0)
@@ -423,6 +423,9 @@ def lists(response):
 def taken(response):
     return Reward(1.0, {"reward": 1.0})
 
+def own(response):
+    return Reward(1.0, {"answer": 1.0})
+
 def three(a, b, c):
     return 1
 
@@ -493,6 +496,7 @@ def test_a_function_that_fails_is_nan(functions):
         ("none", "the arguments are ()"),
         ("text", "reward is str, expected a number"),
         ("lists", "reward is list, expected a number"),
+        ("own", "the reward part answer is the task's own; choose another name"),
         ("taken", "the name reward is one of the run's own metrics"),
     ],
 )

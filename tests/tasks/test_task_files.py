@@ -54,6 +54,7 @@ def targets(problems) -> set[str]:
 )
 @pytest.mark.parametrize("task", ["gsm8k", "jsonl"])
 def test_a_held_out_word_in_any_part_of_a_path_keeps_the_rows_out_of_training(tmp_path, held_out, task):
+    """CHECKLIST 59."""
     rows = GSM8K if task == "gsm8k" else {
         split: [{"question": row["question"], "answer": row["answer"].split()[-1]} for row in rows]
         for split, rows in GSM8K.items()
@@ -167,6 +168,7 @@ def test_a_row_that_parse_leaves_out_is_in_no_split(tmp_path):
     ],
 )
 def test_a_row_whose_answer_cannot_be_judged_is_refused_with_file_and_number(tmp_path, answer, message):
+    """CHECKLIST 60."""
     rows = [{"question": "Good?", "answer": "4"}, {"question": "Bad?", "answer": answer}]
     file = write(tmp_path / "a" / "b.jsonl", rows)
     with pytest.raises(ValueError, match=message) as error:

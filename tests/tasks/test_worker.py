@@ -123,6 +123,7 @@ def all_end(pids: list[int]) -> bool:
 @pytest.mark.parametrize("then", ["hang", "exit", "return"])
 @pytest.mark.parametrize("how", ["session", "grandchild", "daemon", "fork"])
 def test_every_process_that_a_function_started_ends_with_the_worker(starts, how, then):
+    """CHECKLIST 63."""
     if how == "fork" and not hasattr(os, "fork"):
         pytest.skip("no fork")
     worker = Worker("starts:maker", deadline_s=2.0)
