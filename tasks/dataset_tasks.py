@@ -75,8 +75,9 @@ def _same_question(question: str) -> str:
 class MathDataset(RowTask):
     """Rows with the keys question and answer, and num_terms and num_digits as in tiny-grpo's math_tasks.jsonl.
 
-    Iteration gives every (question, answer) of the files in order. Raises FileNotFoundError, or ValueError with file
-    and row, for data without such rows and for a row that no response or an empty response can match.
+    Iteration gives every (question, answer) of the files in order, for `GRPO.train_step`. If some files are held out,
+    it gives the training rows. Raises FileNotFoundError, or ValueError with file and row, for data without such rows
+    and for a row that no response or an empty response can match.
     """
 
     data: str | Path = "math_tasks.jsonl"

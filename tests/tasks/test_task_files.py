@@ -45,6 +45,11 @@ def targets(problems) -> set[str]:
         "data/test-00000-of-00001.parquet",
         "validation/0000.jsonl",
         "VALID.jsonl",
+        "TEST.JSONL",
+        "held_out/0.jsonl",
+        "evals/0.jsonl",
+        "split=test/0.jsonl",
+        "Test Set/0.jsonl",
         "val.jsonl",
         "my-eval-set.jsonl",
         "dev/a/b/0000.jsonl",
@@ -84,6 +89,10 @@ def test_a_split_that_is_named_itself_is_never_trained_on(tmp_path):
         assert len(task.test_problems(9)) == 5
         with pytest.raises(ValueError, match=r"no training rows, only held-out ones; give a file or folder without"):
             task.train_problem(0)
+    for name in ("gsm8k_test", "gsm8k-dev", "gsm8kTest", "held_out"):
+        write(tmp_path / name / "0000.jsonl", GSM8K["test"])
+        with pytest.raises(ValueError, match="no training rows"):
+            make_task("gsm8k", data=str(tmp_path / name)).train_problem(0)
     home = write(tmp_path / "dev" / "me" / "questions.jsonl", GSM8K["train"])
     assert make_task("gsm8k", data=str(home)).train_problem(0)
     train = write(tmp_path / "dev" / "train.jsonl", GSM8K["train"])
@@ -101,6 +110,15 @@ def test_test_files_are_evaluated_and_validation_files_are_not_used(tmp_path):
         "training train.jsonl: 20 rows; held out test.jsonl: 5 rows; "
         "left out of training, because held-out rows ask the same: 1 row; not used validation.jsonl: 1 row"
     )
+
+
+def test_iteration_gives_no_row_of_a_held_out_file(tmp_path):
+    """`for question, answer in MathDataset(folder): trainer.train_step(question, answer)` trains on these rows."""
+    write(tmp_path / "a" / "train.jsonl", [{"question": f"{i}?", "answer": i} for i in range(5)])
+    test = write(tmp_path / "a" / "Test" / "0.jsonl", [{"question": f"{i}?", "answer": i} for i in range(3, 9)])
+    assert list(MathDataset(tmp_path / "a")) == [(f"{i}?", str(i)) for i in range(3)]
+    assert len(MathDataset(tmp_path / "a")) == 3
+    assert len(MathDataset(test)) == 6  # it was asked for by its name
 
 
 @pytest.mark.parametrize("repeat", ["T1?", " t1? ", "T1 ?".replace(" ", "")])
