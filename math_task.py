@@ -23,6 +23,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ class CountdownTask(Task):
             raise ValueError(f"min_number {self.min_number} and max_number {self.max_number}: expected 0 <= min <= max")
         self._train: list[CountdownRow] = []
         self._test: list[CountdownRow] = []
+        if not self.data and (self.question_column or self.answer_column):
+            raise ValueError("the columns of a data file are named, but there is none; give data, or leave them out")
         if self.data:
             self._read_data(self.data)
         else:
@@ -171,7 +174,7 @@ CountdownRow = tuple[list[int], int]  # numbers, target
 
 def _whole_number(number: Any) -> int:
     """An int from the number type of any array: `np.int64(44)` must not appear in a prompt."""
-    if int(number) != number:
+    if not math.isfinite(number) or int(number) != number:
         raise ValueError(f"a Countdown problem has whole numbers; found {number}")
     return int(number)
 
@@ -300,6 +303,7 @@ def task_from_config(config: Any) -> Task:
     the task's reward. Your own code is called once, so that its mistakes are errors of one line now.
     """
     known = task_options(config.task)
+    _check_data_options(config, known)
     options = {name: getattr(config, name, None) for name in known}
     preset = REWARD_PRESETS.get(getattr(config, "reward_preset", "none"), {})
     options |= {name: weight for name, weight in preset.items() if name in known}
@@ -309,6 +313,21 @@ def task_from_config(config: Any) -> Task:
     if isinstance(task, JudgedInWorker):
         task.check_reward()
     return task
+
+
+def _check_data_options(config: Any, known: list[str]) -> None:
+    """Raise ValueError for data and columns that the task would not read, and for empty names."""
+    for name in ("data", "question_column", "answer_column", "reward"):
+        value, flag = getattr(config, name, None), "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if not value.strip():
+            raise ValueError(f"{flag} is empty; give a name, or leave {flag} out")
+        if name not in known and name != "reward":
+            raise ValueError(
+                f"task {config.task} reads no file, so {flag} {value} has no effect; take --task jsonl for a file of "
+                f"questions and answers, or leave {flag} out"
+            )
 
 
 def write_math_tasks(path: str | Path, n: int = 1000, seed: int = 0) -> None:

@@ -125,8 +125,9 @@ class TaskOptions:
     """Weight of the repetition penalty on the thought. 0: off."""
     arithmetic_weight: float = 0.0
     """Price of a thought that contains a false sum such as 3 + 5 = 9. 0: off."""
-    reward_preset: Literal["none", "lineage", "correct-format-language"] = "none"
-    """A known set of weights instead of the ones above: 1.0 + 0.1 format, or 1.0 + 0.25 format + 0.10 language."""
+    reward_preset: Literal["none", "grpo-zero", "correct-format-language", "lineage"] = "none"
+    """A known set of weights instead of the ones above: 1.0 + 0.1 format, or 1.0 + 0.25 format + 0.10 language.
+    lineage is the older name of grpo-zero."""
     overlong_buffer: NumberOrNone = 0
     """Soft overlong penalty (DAPO): the last so many tokens before the cap cost up to 1. 0: off."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import heapq
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_types import Problem
-from tasks.expressions import plain_number, unwrapped
+from tasks.expressions import plain_number
 from tasks.messages import home_path
+from tasks.notation import MINUS, unwrapped
 from tasks.task_base import QuestionTask, answer_text, shuffled_index
-from tasks.task_files import SUFFIXES, Row, read_splits
+from tasks.task_files import SUFFIXES, Row, path_exists, read_splits
 from tasks.worker import Worker, WorkerError
 
 Pair = tuple[str, str]  # question, answer
@@ -73,8 +75,9 @@ def _same_question(question: str) -> str:
 class MathDataset(RowTask):
     """Rows with the keys question and answer, and num_terms and num_digits as in tiny-grpo's math_tasks.jsonl.
 
-    Iteration gives every (question, answer) of the files in order. Raises FileNotFoundError, or ValueError with file
-    and row, for data without such rows and for a row that no response or an empty response can match.
+    Iteration gives every (question, answer) of the files in order, for `GRPO.train_step`. If some files are held out,
+    it gives the training rows. Raises FileNotFoundError, or ValueError with file and row, for data without such rows
+    and for a row that no response or an empty response can match.
     """
 
     data: str | Path = "math_tasks.jsonl"
@@ -84,7 +87,7 @@ class MathDataset(RowTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not home_path(self.data).exists() and home_path(self.data).suffix in SUFFIXES:
+        if not path_exists(home_path(self.data)) and home_path(self.data).suffix in SUFFIXES:
             raise FileNotFoundError(f"{self.data}: no such file; `python math_task.py {self.data}` writes one")
         limited = self.max_terms is not None or self.max_digits is not None
         splits = read_splits(
@@ -207,6 +210,8 @@ def math_checker() -> Callable[[str, str], bool]:
     """Runs in the worker: the comparison by math-verify, whose own timeouts are off because the worker has one."""
     from math_verify import parse, verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
+
     def equal(reference: str, answer: str) -> bool:
         wanted = parse(f"\\boxed{{{plain_formula(reference)}}}", parsing_timeout=None)
         given = parse(formula_in_dollars(answer), parsing_timeout=None)
@@ -224,11 +229,23 @@ def formula_in_dollars(answer: str) -> str:
     return marked if marked != answer else f"${answer}$"
 
 
+_PLAINER = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"^([-+])\s*\$([^$]+)\$$", r"\1\2"),  # -$5$
+    (r"^([-+]?)\s*\\?\$\s*(?=[-+.0-9][^$]*$)", r"\1"),  # -\$5
+    (r"(?<=[0-9])(?:\\[,!]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ""),  # 1\,234
+    (r"(?<=[0-9])\s*(?:dollars?|\\text\{\s*dollars?\})$", ""),
+    (r"(?<=[0-9])\.$", ""),
+    (r"^([-+]?[0-9]+)\s+([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 10 1/2
+    (r"(?<=[\w)])\*\*(?=[\w({])", "^"),  # x**2
+)]  # fmt: skip
+
+
 def plain_formula(text: str) -> str:
     """A formula without Markdown, delimiters and currency signs, which math-verify does not read everywhere."""
-    text = unwrapped(text.replace("\u2212", "-"))
-    text = re.sub(r"^([-+]?)\s*\\?\$\s*(?=[-+.0-9][^$]*$)", r"\1", text)
-    return re.sub(r"(?<=[0-9])\\[,!](?=[0-9]{3})", "", text)  # 1\,234
+    text = unwrapped(text.translate(MINUS))
+    for pattern, plain in _PLAINER:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def last_boxed(text: str) -> str | None:

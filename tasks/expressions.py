@@ -25,6 +25,8 @@ import functools
 import re
 from fractions import Fraction
 
+from tasks.notation import SIGNS, THOUSANDS, plain_notation, unwrapped
+
 MAX_CHARS = 200  # an answer with six numbers has about 40
 MAX_DEPTH = 20  # of parentheses
 MAX_SUMS = 100  # `false_sums` looks at the first 100 equals signs, so its time is bounded
@@ -108,30 +110,12 @@ class _Parser:
         return Fraction(sign * self.numbers[-1])
 
 
-_SIGNS = str.maketrans("×·⋅∗÷∕⁄−–", "****///--")
-_LATEX_COMMA = re.compile(r"\{,\}|,\\!")  # 1{,}234
-_WRAPPED = re.compile(  # **5**, $5$, \(5\), \[5\], `5`, \boxed{5}, \text{5}
-    r"\*{1,3}([^*]+)\*{1,3}|\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]|`([^`]+)`"
-    r"|\\(?:boxed|text)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}",
-    re.DOTALL,
-)
-_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\s*(?:\{([0-9 ]+)\}\s*\{([0-9 ]+)\}|([0-9])([0-9]))")
+_FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*([-+]?[0-9 ]+)\}\s*\{([0-9 ]+)\}|([0-9])([0-9]))")
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*(?:\\?[$€£]\s*(?P<inner>[-+]?))?"
+    r"(?P<sign>[-+]?)\s*(?:\\?[$€£¥₹]\s*(?P<inner>[-+]?))?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE](?P<exponent>[-+]?[0-9]{1,3}))?"
-    r"(?:\s*/\s*(?P<divisor>[0-9]+))?\.?"
+    r"(?:\s*/\s*(?P<divisor>[0-9]+))?(?:\s*\\?[$€£¥₹])?\.?"
 )
-
-
-def unwrapped(text: str) -> str:
-    """An answer without up to four layers of Markdown or LaTeX around all of it, and without a full stop there."""
-    for _ in range(4):
-        text = text.strip()
-        match = _WRAPPED.fullmatch(text.removesuffix("."))
-        if match is None:
-            break
-        text = match[match.lastindex or 0]
-    return text.strip()
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -140,11 +124,10 @@ def plain_number(text: str) -> Fraction | None:
     A currency sign, a full stop, Markdown and LaTeX around the number are removed, because word problems are answered
     that way. Returns None for every other text, also for `6 * 7` and `42 apples`.
     """
-    text = text.strip().translate(_SIGNS) if len(text) <= 1000 else ""
+    text = THOUSANDS.sub(",", text).translate(SIGNS).strip() if len(text) <= 1000 else ""
     if len(text) > 100:
         return None
     text = unwrapped(text)
-    text = _LATEX_COMMA.sub(",", text)
     if match := _FRACTION.fullmatch(text):
         sign, *parts = (part for part in match.groups() if part is not None)
         text = sign + "/".join(part.strip() for part in parts)
@@ -158,20 +141,6 @@ def plain_number(text: str) -> Fraction | None:
 
 # --- equalities in prose
 
-_FRACTIONS = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|([0-9])\s*([0-9]))")
-_NOTATION = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\\\\", "\n"),  # the end of a line of LaTeX
-    (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
-    (r"\\div(?![A-Za-z])", "/"),
-    (r"\\(?:left|right)(?![A-Za-z])|\\!", ""),
-    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|[&~]", " "),
-    (r"\\(?:text|mathrm|boxed)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\[(\[]", "["),  # math begins
-    (r"\\[)\]]", "]"),  # math ends
-)]  # fmt: skip
-_CURRENCY = re.compile(r"\\?[$€£](?=\s*[-0-9(])")  # also the `$` that begins math
-_PLAIN = re.compile(r"(?:[\w\s\0+/()=.,:;?!-]|\*(?!\*))*")
-_BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])")
 _LIST_MARKER = re.compile(r"\n\s*(?:(?:[-+*•]|\(?[0-9A-Za-z]{1,3}[.)])\s+)*")
 _PIECE = re.compile(
     r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]*[0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)|(?P<sign>[-+*/()])"
@@ -251,18 +220,6 @@ def _cell_behind(text: str, equals: int) -> str:
     if match:
         return window[: match.end()]
     return window + ("\n" if equals + 1 + SUM_WINDOW >= len(text) else "\0")
-
-
-def _plain_notation(cell: str) -> str:
-    if _PLAIN.fullmatch(cell):  # fast
-        return cell
-    cell = _LATEX_COMMA.sub(",", cell.translate(_SIGNS))
-    if "\\" in cell or "&" in cell:
-        for _ in range(3):  # fractions of fractions, from the inside
-            cell = _FRACTIONS.sub(lambda m: f"(({m[1] or m[3]})/({m[2] or m[4]}))", cell)
-        for pattern, plain in _NOTATION:
-            cell = pattern.sub(plain, cell)
-    return _BOLD.sub("", _CURRENCY.sub("", cell))
 
 
 def _value_before(cell: str) -> Fraction | None:
@@ -352,7 +309,7 @@ def _readings(cell: str, last: bool) -> list[str]:
     of which the `last` or the first is wanted. "= 100,100-3 =" may also be a number above a thousand, "= 3,5 * 2" a
     decimal.
     """
-    cell = _plain_notation(cell)
+    cell = plain_notation(cell)
     match = _TWO_RUNS.fullmatch(cell)
     if match is None or _starts_with_proper_fraction(match[3]) or not (match[2] or cell.endswith("=")):  # 3 1/2, 1 450
         return [cell[:-1] if last else cell[1:]]

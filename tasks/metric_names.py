@@ -11,7 +11,7 @@ from collections.abc import Iterable
 RUN_NAMES = frozenset([
     "step", "loss", "policy_loss", "kl", "entropy", "entropy_coef", "grad_norm", "learning_rate", "num_tokens",
     "step_time", "loss_scale", "reward", "reward_std", "frac_reward_zero_std", "frac_reward_missing", "mean_length",
-    "clipped_ratio", "overlong", "solved", "full_format", "sums", "false_sums",
+    "clipped_ratio", "overlong", "solved", "full_format", "sums", "false_sums", "greedy",
 ])  # fmt: skip
 RUN_GROUPS = frozenset([
     "rewards", "completions", "clip_ratio", "ratio", "sampling", "update", "rollout", "memory", "rank", "curriculum",
@@ -23,7 +23,7 @@ def name_problem(name: object) -> str | None:
     """Why a reward part or a diagnostic cannot have this name; None if it can."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable() or name != name.strip():
         return f"the name {name!r:.60} is not readable text"
-    if name in RUN_NAMES or name.startswith(("eval_", "greedy_")) or name.partition("/")[0] in RUN_GROUPS:
+    if name in RUN_NAMES or name.startswith(("eval_", "greedy_", "pass@")) or name.partition("/")[0] in RUN_GROUPS:
         return f"the name {name} is one of the run's own metrics"
     return None
 

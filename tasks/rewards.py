@@ -23,9 +23,10 @@ THINK_CREDIT, ANSWER_CREDIT = 0.1, 0.5  # partial credit for a pair of tags, as 
 
 # Known sets of weights: make_task("gsm8k", **REWARD_PRESETS["correct-format-language"])
 REWARD_PRESETS = {
-    "lineage": {"answer_weight": 1.0, "format_weight": 0.1},
+    "grpo-zero": {"answer_weight": 1.0, "format_weight": 0.1},
     "correct-format-language": {"answer_weight": 1.0, "format_weight": 0.25, "language_weight": 0.10},
 }
+REWARD_PRESETS["lineage"] = REWARD_PRESETS["grpo-zero"]  # the name in configurations of older runs
 
 MAX_JUDGED_CHARS = 20_000  # of a text, for language and repetition: bounded time
 _LETTER = re.compile(r"[^\W\d_]")

@@ -25,6 +25,7 @@ from tasks.user_files import load_user_task, reward_function
 from tasks.worker import RefusedError, Worker, WorkerError
 
 REMEMBERED = 50_000  # responses whose diagnostics wait to be asked for
+OWN_PARTS = frozenset(["format", "answer", "language", "repetition", "arithmetic", "custom"])  # beside a function's
 TRIAL = " trial </think>\n<answer> trial </answer>"
 
 Judged = tuple[float, dict[str, float], dict[str, float]]  # total, parts, diagnostics
@@ -169,7 +170,8 @@ class FunctionReward(JudgedInWorker):
         judged = self._ask(problem, response)
         if judged is None:
             return Reward(math.nan, {})
-        return Reward(judged[0], self.task.reward(problem, response).parts | judged[1])
+        own = self.task.reward(problem, response).parts
+        return Reward(judged[0], own | judged[1] | own)  # the task's parts come first, and stay
 
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         return self.task.diagnostics(problem, response)
@@ -201,6 +203,7 @@ def user_judge(source: str, options: dict[str, Any]) -> Callable[[Problem, str],
     """Runs in the worker: reward and diagnostics of a user's task, checked."""
     task = load_user_task(source, options)
     task.reward = _once(task.reward)  # type: ignore[assignment, method-assign]
+    task.is_correct = _yes_or_no(task.is_correct)  # type: ignore[assignment, method-assign]
 
     def judge(problem: Problem, response: str) -> Judged:
         try:
@@ -232,6 +235,8 @@ def function_judge(source: str) -> Callable[[Problem, str], Judged]:
         if not isinstance(value, Reward):
             value = Reward(_number("reward", value), {})
         total, parts = _checked(value)
+        for name in OWN_PARTS & parts.keys():
+            raise RefusedError(f"the reward part {name} is the task's own; choose another name")
         return total, {**parts, "custom": total}, {}
 
     return judge
@@ -247,6 +252,18 @@ def _once(reward: Callable[[Problem, str], Reward]) -> Callable[[Problem, str], 
         return last[2]
 
     return once
+
+
+def _yes_or_no(is_correct: Callable[[Problem, str], Any]) -> Callable[[Problem, str], Any]:
+    """The same function, which refuses None and text: a forgotten `return` would else fail for every answer."""
+
+    def checked(problem: Problem, answer: str) -> Any:
+        value = is_correct(problem, answer)
+        if value is None or isinstance(value, str | bytes):
+            raise RefusedError(f"is_correct returned {type(value).__name__}, expected True or False")
+        return value
+
+    return checked
 
 
 def _checked(reward: Reward) -> tuple[float, dict[str, float]]:

@@ -179,9 +179,16 @@ class QuestionTask(Task):
         return Problem(f"question {name}", self.messages(question + request), target, self.response_prefix)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Equal as exact numbers (1,234 = 1234.0, 7/2 = 3.5). A target that is no number is compared as text."""
+        """Equal as exact numbers (1,234 = 1234.0, 7/2 = 3.5). A target that is no number is compared as text.
+
+        A target with 15 or more digits and a point is the rounded result of a computation. It only has to agree in the
+        precision of a float64, so 1/3 equals 0.3333333333333333.
+        """
         given, wanted = plain_number(answer), plain_number(problem.target)
-        return given == wanted if wanted is not None else _words(answer) == _words(problem.target)
+        if given is None or wanted is None:
+            return wanted is None and _words(answer) == _words(problem.target)
+        rounded = "." in problem.target and sum(map(str.isdigit, problem.target)) >= 15
+        return abs(given - wanted) <= abs(wanted) / 2**52 if rounded else given == wanted
 
 
 def answer_text(answer: Any) -> str:

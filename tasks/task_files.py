@@ -12,6 +12,7 @@ float32 of 0.1 must stay 0.1. pandas would need pyarrow as well.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 MAX_DEFAULT_TEST = 128  # held-out rows if the caller does not say: a tenth, at most so many
 SUFFIXES = (".parquet", ".jsonl", ".json")
 TEST_WORDS = frozenset(["test", "tests", "testing", "testset", "heldout", "holdout"])
-OTHER_HELD_OUT_WORDS = frozenset(["validation", "valid", "val", "eval", "evaluation", "dev", "devset"])
+OTHER_HELD_OUT_WORDS = frozenset(["validation", "valid", "val", "eval", "evals", "evaluation", "dev", "devset"])
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # gsm8kTest has the words gsm, k and Test
 
 
@@ -35,7 +36,7 @@ class Splits(Generic[T]):
 
     train: list[T]
     test: list[T]
-    rows: list[T]  # all rows of all files, in order
+    rows: list[T]  # all rows in order, without those of held-out files if there are other files
     summary: str
 
 
@@ -61,6 +62,8 @@ def read_splits(
     If there are test files and validation files, the test files are the held-out rows and no validation row is used.
     Raises FileNotFoundError or ValueError, in one line.
     """
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{data}: the column {columns[0]} is given twice; question and answer need two columns")
     folder = find_data(data)
     if subset and (folder / subset).is_dir():
         folder = folder / subset
@@ -76,8 +79,10 @@ def read_splits(
     if not train and not test:
         raise ValueError(f"{folder}: {empty}; expected columns {', '.join(columns)}")
     names = [_names(group, folder) for group in (train_files, test_files or others)]
+    rows: list[T] = []
     if not test:
-        train, test = hold_out_last(train, n_test, folder)
+        rows = train
+        train, test = hold_out_last(rows, n_test, folder)
         names[1] = f"the last rows of {names[0]}"
     held_out = {key(row) for row in (*test, *unused)}
     kept = [row for row in train if key(row) not in held_out]
@@ -88,22 +93,28 @@ def read_splits(
         summary += f"; left out of training, because held-out rows ask the same: {_count(train, minus=kept)}"
     if unused:
         summary += f"; not used {_names(others, folder)}: {_count(unused)}"
-    return Splits(kept, test, [row for rows in rows_of.values() for row in rows], summary)
+    return Splits(kept, test, rows or kept or [*test, *unused], summary)
 
 
 def held_out_words(file: Path, root: Path) -> set[str]:
     """The words in a file's path that say it is not training data: those below `root`, which is a folder or the file.
 
-    The folder that directly holds the data may also have such a name, as in `--data gsm8k/test`, unless the file's
-    own path says train. Folders above do not count: a home folder may be called dev.
+    The folder that directly holds the data may also have a name that ends with such a word, as in `--data gsm8k/test`,
+    unless the file's own path says train. Folders above do not count: a home folder may be called dev.
     """
     inside = file.relative_to(root).parts if file != root else (file.name,)
     parts = [part.removesuffix(file.suffix) for part in inside]
-    words = {word.lower() for part in parts for word in (*_WORD.findall(part), *_WORD.findall(part.lower()))}
-    holder = (root if file != root else root.parent).absolute().name.lower()
-    if not words & {"train", "training"}:
-        words.add(holder)
+    words = {word for part in parts for word in _words(part)}
+    holder = os.path.basename(os.path.abspath(root if file != root else root.parent))
+    if not words & {"train", "training"} and holder[-1:].isalpha():
+        words.update(_words(holder)[-1:])
     return words & (TEST_WORDS | OTHER_HELD_OUT_WORDS)
+
+
+def _words(name: str) -> list[str]:
+    """Words of a name, in lower case: held_out is one word, and gsm8kTest has the word test."""
+    name = re.sub(r"(?i)held[\W_]*out|hold[\W_]*out", "heldout", name)
+    return [word.lower() for word in (*_WORD.findall(name.lower()), *_WORD.findall(name))]
 
 
 def _count(rows: list[T], minus: Sequence[T] = ()) -> str:
@@ -134,7 +145,7 @@ def find_data(data: str | Path) -> Path:
     Raises FileNotFoundError, in one line, if it is neither.
     """
     path = home_path(data)
-    if path.exists():
+    if path_exists(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(data)) or path.suffix in SUFFIXES:
         raise FileNotFoundError(f"{data}: no such data file or folder (looked in {Path.cwd()})")
@@ -149,16 +160,24 @@ def find_data(data: str | Path) -> Path:
         raise FileNotFoundError(f"{data}: {why}; {hint}") from error
 
 
+def path_exists(path: Path) -> bool:
+    """`path.exists()`, and False for a path that the system refuses."""
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
 def data_files(path: str | Path) -> list[Path]:
     """The data files that `path` names: itself, or those in the folder and below it, sorted and without hidden ones."""
     path = home_path(path)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path}: expected a file that ends in .parquet or .jsonl")
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such data file or folder (looked in {Path.cwd()})")
-    found = (file for file in path.rglob("*") if file.suffix in SUFFIXES[:2] and file.is_file())
+    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES[:2] and file.is_file())
     files = sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts))
     if not files:
         raise FileNotFoundError(f"{path}: the folder holds no .parquet or .jsonl file")
@@ -168,7 +187,7 @@ def data_files(path: str | Path) -> list[Path]:
 def _file_rows(
     file: Path, columns: tuple[str, ...], optional: tuple[str, ...], parse: Callable[[Row], T | None]
 ) -> Iterator[T]:
-    read = _read_parquet if file.suffix == ".parquet" else _read_jsonl
+    read = _read_parquet if file.suffix.lower() == ".parquet" else _read_jsonl
     for number, row in read(file, columns, optional):
         try:
             _check_text(row)
@@ -207,12 +226,23 @@ def _read_parquet(file: Path, columns: tuple[str, ...], optional: tuple[str, ...
             # 0.1 in float32 is 0.100000001490116; its shortest text is 0.1
             values = [float(str(value)) for value in column.to_numpy()]
             table = table.set_column(table.column_names.index(name), name, [values])
-    yield from enumerate(table.to_pylist(), start=1)
+    try:
+        yield from enumerate(table.to_pylist(), start=1)
+    except UnicodeDecodeError as error:
+        number = next(i for i in range(table.num_rows) if not _is_text(table.slice(i, 1)))
+        raise ValueError(f"{file}, row {number + 1}: not UTF-8 text ({first_line(error)})") from error
+
+
+def _is_text(table: Any) -> bool:
+    try:
+        return bool(table.to_pylist())
+    except UnicodeDecodeError:
+        return False
 
 
 def _read_jsonl(file: Path, columns: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, _json_row(f"{file}, line {number}", line, columns, optional)

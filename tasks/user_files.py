@@ -12,6 +12,16 @@ from typing import Any
 from tasks.messages import did_you_mean, first_line, home_path
 from tasks.task_base import Task
 
+METHODS = {  # of a task, with the arguments that they are called with
+    "train_problem": ("index",),
+    "test_problem": ("index",),
+    "problems": ("split", "n", "start"),
+    "longest_problems": ("n",),
+    "is_correct": ("problem", "answer"),
+    "score": ("problem", "answer"),
+    "reward": ("problem", "response"),
+    "diagnostics": ("problem", "response"),
+}
 ARGUMENTS = ("problem", "response", "answer", "target")  # that a reward function may have
 
 
@@ -40,7 +50,24 @@ def user_task_class(source: str) -> type[Task]:
         missing.append("is_correct (or reward)")
     if missing:
         raise ValueError(f"{source}: {name} has no method {', '.join(missing)}; docs/your-own.md shows a complete task")
+    for method, arguments in METHODS.items():
+        _check_arguments(source, cls, method, arguments)
     return cls
+
+
+def _check_arguments(source: str, cls: type[Task], method: str, arguments: tuple[str, ...]) -> None:
+    function = getattr(cls, method)
+    if not callable(function):
+        raise ValueError(f"{source}: {cls.__name__}.{method} is {type(function).__name__}, expected a method")
+    own = () if isinstance(inspect.getattr_static(cls, method), classmethod | staticmethod) else ("self",)
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*own, *arguments)
+    except TypeError as error:
+        shown = ", ".join(("self", *arguments))
+        raise ValueError(
+            f"{source}: {cls.__name__}.{method} has the arguments {signature}; expected ({shown})"
+        ) from error
 
 
 def _same(cls: type[Task], method: str) -> bool:
@@ -82,11 +109,18 @@ def _user_names(source: str, example: str) -> tuple[str, dict[str, Any]]:
     """(name, all names of the file) of "path/to/file.py:name"."""
     file, colon, name = source.rpartition(":")
     path = home_path(file)
-    if not colon or path.suffix != ".py":
+    if not colon or not name or path.suffix != ".py":
         raise ValueError(f"{source}: expected path/to/file.py:{example}")
-    if not path.is_file():
+    if not _is_file(path):
         raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()}); expected path/to/file.py:{example}")
     return name, vars(_user_module(path.resolve()))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _user_module(path: Path) -> Any:

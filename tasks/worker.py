@@ -13,7 +13,8 @@ standard input and output, which every system has. A request and its reply have 
 earlier call is never taken for the next one's.
 
 The worker contains accidents, not attacks: the child has the rights of the user. The memory limit works on Linux only.
-If the training process is killed, an idle child ends itself and its processes; a busy one ends itself at its deadline.
+If the training process is killed, the child ends itself and its processes. A C function that holds Python's lock can
+delay that, at most until its deadline.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Worker:
         try:
             data = pickle.dumps(arguments)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise WorkerError("raised", f"the problem cannot be sent to a worker ({first_line(error)})") from error
+            raise WorkerError("refused", f"the problem cannot be sent to a worker ({first_line(error)})") from error
         assert process.stdin is not None
         try:
             process.stdin.write(pickle.dumps((self._number, math.ceil(deadline_s) + 1, data)))
@@ -183,10 +184,14 @@ def end_processes(root: psutil.Process, mark: str) -> None:
     A process in a session of its own is still a descendant. A daemon, whose parent has ended, still has the mark. Only
     a daemon that also clears its environment stays. `root` knows its start time: a new process with its number is safe.
     """
+    empty = 0
     for _ in range(20):  # a process may start another one while it is being killed
         found = [process for process in _processes(root, mark) if process.pid != os.getpid()]
         if not found:
-            return
+            empty += 1
+            if empty == 2:
+                return
+            time.sleep(POLL_S)  # a process that has just begun a program shows no environment for a moment
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -215,7 +220,7 @@ def _processes(root: psutil.Process, mark: str) -> set[psutil.Process]:
 
 
 def main() -> None:
-    """Runs in the child: answer until the parent closes the pipe, then end all processes that the function started."""
+    """Runs in the child: answer until the parent closes the pipe."""
     mark = sys.argv[-1]
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull) as nothing:
@@ -225,21 +230,29 @@ def main() -> None:
     except OSError:  # which may be closed
         with open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), 1)
+    waiting: queue.SimpleQueue[tuple[int, int, bytes]] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests, waiting, mark), daemon=True).start()
+    serve(waiting, replies)
+
+
+def _read_requests(requests: IO[bytes], waiting: queue.SimpleQueue, mark: str) -> None:
+    """Runs in a thread, so that the end of the parent is noticed while the function is busy. Ends all processes."""
     with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):  # the parent is gone
-        serve(requests, replies)
+        while True:
+            waiting.put(pickle.load(requests))
     end_processes(psutil.Process(), mark)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(0)  # threads of the function do not keep the process
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Make the function, then answer one request after the other. Raises EOFError at the end of the requests."""
+def serve(requests: queue.SimpleQueue[tuple[int, int, bytes]], replies: IO[bytes]) -> None:
+    """Make the function, then answer one request (number, seconds, pickled arguments) after the other."""
     function: Callable[..., Any] = _make_function
     own_pid = os.getpid()
     with open(os.devnull, "w") as nothing:
         while True:
-            number, limit_s, data = pickle.load(requests)
+            number, limit_s, data = requests.get()
             # Ends this process if the parent was killed and nobody else will. Its thread in C works while a C function
             # holds Python's lock.
             faulthandler.dump_traceback_later(limit_s, exit=True, file=nothing)
@@ -255,8 +268,9 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             if os.getpid() != own_pid:
                 os._exit(0)  # the function forked, and both processes came back
             faulthandler.cancel_dump_traceback_later()
-            replies.write(reply.encode() + b"\n")
-            replies.flush()
+            with contextlib.suppress(OSError):  # the parent is gone, and the other thread ends this process
+                replies.write(reply.encode() + b"\n")
+                replies.flush()
 
 
 def _error(number: int, kind: str, text: str) -> str:

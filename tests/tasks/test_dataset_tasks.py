@@ -155,6 +155,18 @@ def math_task(tmp_path_factory):
         ("1,234", r"1\,234", True),
         ("[2,5)", r"\[[2,5)\]", True),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\[\begin{pmatrix} 1 \\ 2 \end{pmatrix}\]", True),
+        ("-3", "\u20133", True),  # an en dash
+        ("-3", "\u2212$3$", True),
+        ("5.", r"\[5\]", True),
+        ("5", r"\\[5\\]", True),  # escaped twice
+        ("5", r"\begin{equation}5\end{equation}", True),
+        ("5", r"\begin{align*}6\end{align*}", False),
+        ("5", "__5__", True),
+        ("5", "```latex\n5\n```", True),
+        ("5", "\u200b5", True),
+        (r"\$18.90", "18.90 dollars", True),
+        (r"10\frac{1}{2}", "10 1/2", True),
+        ("x^2+1", "x**2 + 1", True),
         (r"\frac{1}{2}", "2", False),
         (r"\frac{1}{2}", "", False),
         ("x^2 - 1", "(x-1)(x+1)", True),
@@ -166,6 +178,7 @@ def math_task(tmp_path_factory):
     ],
 )
 def test_math_answers_are_compared_as_mathematics(math_task, target, answer, right):
+    """CHECKLIST 61."""
     problem = math_task.problem_from("What is it?", target)
     assert math_task.reward(problem, respond(answer)).parts["answer"] == float(right)
 

@@ -98,6 +98,22 @@ def test_false_sums(text, expected):
         ("1{,}234", 1234),
         ("1e-05", Fraction(1, 100_000)),
         ("2.5E+3", 2500),
+        (r"$\$5$", 5),
+        (r"$5\,000$", 5000),
+        ("5\u202f000", 5000),
+        ("5 \u20ac", 5),
+        ("\u00a55", 5),
+        ("__5__", 5),
+        ("```5```", 5),
+        ('"5"', 5),
+        ("\u200b5\ufeff", 5),
+        ("\u20135", -5),  # an en dash
+        (r"\\(5\\)", 5),  # escaped twice
+        (r"\textbf{5}", 5),
+        (r"\displaystyle 5", 5),
+        (r"\frac{-1}{2}", Fraction(-1, 2)),
+        (r"-\frac{-1}{2}", None),
+        ("5 000", None),
         ("-$-5", None),
         ("--5", None),
         ("* 5", None),
@@ -111,6 +127,7 @@ def test_false_sums(text, expected):
     ],
 )
 def test_notations_of_a_plain_number(text, value):
+    """CHECKLIST 61."""
     assert plain_number(text) == value
 
 
@@ -129,6 +146,7 @@ READ = [
     (r"3 + 5 = \boxed{8}", r"3 + 5 = \boxed{9}"),
     ("1,450 - 350 = 1,100", "1,450 - 350 = 1,101"),
     ("3 + 5 = 8", "3 + 5 = 8,000"),
+    (r"1\,450 - 350 = 1\,100", r"1\,450 - 350 = 1\,101"),
     ("1{,}450 - 350 = 1{,}100", "1{,}450 - 350 = 100"),
     ("$3 + $5 + 2 = $10", "$3 + $5 + 2 = $7"),
     ("48/2 = <<48/2=24>>24 clips", "48/2 = <<48/2=25>>24 clips"),
@@ -228,7 +246,7 @@ CONTINUED = [
 
 @pytest.mark.parametrize("text", CONTINUED)
 def test_an_equality_with_a_neighbour_that_can_continue_it_is_not_judged(text):
-    """A right sum must not count as false, because --arithmetic-weight charges for it; nor a wrong one as right."""
+    """CHECKLIST 57: a right sum does not count as false, because --arithmetic-weight charges for it."""
     assert false_sums(text) == (0, 0)
 
 

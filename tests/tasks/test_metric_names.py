@@ -28,7 +28,7 @@ OPTIONS += ["--eval-problems", "2", "--beta", "0.01", "--entropy-target", "0.5",
 
 
 def test_every_metric_of_a_run_is_reserved(tmp_path):
-    """So a new metric cannot be overwritten either, as long as this test sees it."""
+    """CHECKLIST 62: a new metric cannot be overwritten either, as long as this test sees it."""
     assert train.main([*OPTIONS, "--run-dir", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     names = {name for line in lines for name in line}

@@ -273,6 +273,21 @@ REWARD = "    def reward(self, problem, response):\n        return "
             "returned a Problem with half of a character",
         ),
         (TASK.replace("return True", "raise NotImplementedError('later')") + "    pass\n", "later"),
+        (TASK.replace("return True", "pass") + "    pass\n", "is_correct returned NoneType, expected True or False"),
+        (TASK.replace("return True", "return 'no'") + "    pass\n", "is_correct returned str, expected True or False"),
+        (
+            TASK + "    def reward(self, response):\n        pass\n",
+            "T.reward has the arguments (self, response); expected (self, problem, response)",
+        ),
+        (
+            TASK + "    def train_problem(self):\n        pass\n",
+            "T.train_problem has the arguments (self); expected (self, index)",
+        ),
+        (TASK + "    diagnostics = 3\n", "T.diagnostics is int, expected a method"),
+        (
+            TASK.replace("index)\n\nclass Whole", "lambda: 1)\n\nclass Whole") + "    pass\n",
+            "the problem cannot be sent to a worker",
+        ),
         (TASK + REWARD + "1.0\n", "it returned float, expected Reward(total, parts)"),
         (TASK + REWARD + "Reward('good', {})\n", "total is str, expected a number"),
         (TASK + REWARD + "Reward(1, {'a': None})\n", "reward part a is NoneType, expected a number"),
@@ -320,7 +335,7 @@ COUNTING = (
 
 
 def test_a_reward_is_called_once_for_each_response(tmp_path):
-    """A reward of 0.6 s has time in a deadline of 1 s, although its diagnostics need the reward as well."""
+    """CHECKLIST 63: a reward of 0.6 s has time in a deadline of 1 s, also if its diagnostics need the reward."""
     counted = tmp_path / "counted"
     (tmp_path / "mine.py").write_text(COUNTING.replace("COUNTED", repr(str(counted))))
     task = SandboxedTask(f"{tmp_path / 'mine.py'}:T", deadline_s=1.0)
@@ -408,6 +423,9 @@ def lists(response):
 def taken(response):
     return Reward(1.0, {"reward": 1.0})
 
+def own(response):
+    return Reward(1.0, {"answer": 1.0})
+
 def three(a, b, c):
     return 1
 
@@ -478,6 +496,7 @@ def test_a_function_that_fails_is_nan(functions):
         ("none", "the arguments are ()"),
         ("text", "reward is str, expected a number"),
         ("lists", "reward is list, expected a number"),
+        ("own", "the reward part answer is the task's own; choose another name"),
         ("taken", "the name reward is one of the run's own metrics"),
     ],
 )

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from math_task import CountdownTask, MathDataset, make_task
+from math_task import CountdownTask, MathDataset, make_task, task_from_config
+from run.config import Config
 from tasks.messages import closest, did_you_mean, first_line, home_path
 from tasks.task_files import held_out_words, read_rows, read_splits
 
@@ -44,6 +45,11 @@ def targets(problems) -> set[str]:
         "data/test-00000-of-00001.parquet",
         "validation/0000.jsonl",
         "VALID.jsonl",
+        "TEST.JSONL",
+        "held_out/0.jsonl",
+        "evals/0.jsonl",
+        "split=test/0.jsonl",
+        "Test Set/0.jsonl",
         "val.jsonl",
         "my-eval-set.jsonl",
         "dev/a/b/0000.jsonl",
@@ -53,6 +59,7 @@ def targets(problems) -> set[str]:
 )
 @pytest.mark.parametrize("task", ["gsm8k", "jsonl"])
 def test_a_held_out_word_in_any_part_of_a_path_keeps_the_rows_out_of_training(tmp_path, held_out, task):
+    """CHECKLIST 59."""
     rows = GSM8K if task == "gsm8k" else {
         split: [{"question": row["question"], "answer": row["answer"].split()[-1]} for row in rows]
         for split, rows in GSM8K.items()
@@ -82,6 +89,10 @@ def test_a_split_that_is_named_itself_is_never_trained_on(tmp_path):
         assert len(task.test_problems(9)) == 5
         with pytest.raises(ValueError, match=r"no training rows, only held-out ones; give a file or folder without"):
             task.train_problem(0)
+    for name in ("gsm8k_test", "gsm8k-dev", "gsm8kTest", "held_out"):
+        write(tmp_path / name / "0000.jsonl", GSM8K["test"])
+        with pytest.raises(ValueError, match="no training rows"):
+            make_task("gsm8k", data=str(tmp_path / name)).train_problem(0)
     home = write(tmp_path / "dev" / "me" / "questions.jsonl", GSM8K["train"])
     assert make_task("gsm8k", data=str(home)).train_problem(0)
     train = write(tmp_path / "dev" / "train.jsonl", GSM8K["train"])
@@ -99,6 +110,15 @@ def test_test_files_are_evaluated_and_validation_files_are_not_used(tmp_path):
         "training train.jsonl: 20 rows; held out test.jsonl: 5 rows; "
         "left out of training, because held-out rows ask the same: 1 row; not used validation.jsonl: 1 row"
     )
+
+
+def test_iteration_gives_no_row_of_a_held_out_file(tmp_path):
+    """`for question, answer in MathDataset(folder): trainer.train_step(question, answer)` trains on these rows."""
+    write(tmp_path / "a" / "train.jsonl", [{"question": f"{i}?", "answer": i} for i in range(5)])
+    test = write(tmp_path / "a" / "Test" / "0.jsonl", [{"question": f"{i}?", "answer": i} for i in range(3, 9)])
+    assert list(MathDataset(tmp_path / "a")) == [(f"{i}?", str(i)) for i in range(3)]
+    assert len(MathDataset(tmp_path / "a")) == 3
+    assert len(MathDataset(test)) == 6  # it was asked for by its name
 
 
 @pytest.mark.parametrize("repeat", ["T1?", " t1? ", "T1 ?".replace(" ", "")])
@@ -166,6 +186,7 @@ def test_a_row_that_parse_leaves_out_is_in_no_split(tmp_path):
     ],
 )
 def test_a_row_whose_answer_cannot_be_judged_is_refused_with_file_and_number(tmp_path, answer, message):
+    """CHECKLIST 60."""
     rows = [{"question": "Good?", "answer": "4"}, {"question": "Bad?", "answer": answer}]
     file = write(tmp_path / "a" / "b.jsonl", rows)
     with pytest.raises(ValueError, match=message) as error:
@@ -190,6 +211,9 @@ def test_half_of_a_character_is_refused_in_every_task(tmp_path):
         ({"nums": [7], "target": 8}, "the number 7 alone cannot reach the target 8"),
         ({"nums": [10**9] * 40, "target": 8}, "the numbers need 439 characters; an answer has at most 200"),
         ({"nums": [], "target": 8}, "expected whole numbers"),
+        ({"nums": [1, 2], "target": 2.5}, "expected whole numbers"),
+        ({"nums": [1, "2"], "target": 3}, "expected whole numbers"),
+        ({"nums": None, "target": 3}, "expected whole numbers"),
     ],
 )
 def test_a_countdown_row_that_no_answer_can_solve_is_refused_with_file_and_number(tmp_path, row, message):
@@ -209,6 +233,9 @@ def test_numbers_of_your_own_that_cannot_be_used_are_refused():
     ("answers", "type_", "right", "wrong"),
     [
         ([1e-05, 2e-05], pa.float64(), ["0.00001", "1e-5", "1/100000"], ["0.0001", "0"]),
+        ([0.1 + 0.2, 1 / 3], pa.float64(), ["0.3", "3/10", "0.30000000000000004"], ["0.3000001", "0"]),
+        ([100 / 3, 1.0], pa.float64(), ["100/3"], ["33.33", "33.3333333"]),
+        ([2**60, 1], pa.int64(), [str(2**60)], [str(2**60 + 1)]),
         ([0.1, 0.2], pa.float32(), ["0.1", "1/10", ".1"], ["0.10000000149", "0.2"]),
         ([2.5, 0.2], pa.float16(), ["2.5", "5/2"], ["2.4"]),
         ([1e300, 0.2], pa.float64(), ["1e300", "1" + "0" * 300], ["1e299"]),
@@ -240,6 +267,41 @@ def test_a_question_from_outside_is_checked_too(answer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Columns and paths
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "arithmetic", "data": "a.jsonl"}, "task arithmetic reads no file, so --data a.jsonl has no effect"),
+        ({"task": "arithmetic", "answer_column": "x"}, "so --answer-column x has no effect; take --task jsonl"),
+        ({"task": "countdown", "question_column": "x"}, "columns of a data file are named, but there is none"),
+        ({"task": "jsonl", "data": ""}, "--data is empty"),
+        ({"task": "jsonl", "data": "a.jsonl", "question_column": " "}, "--question-column is empty"),
+        ({"task": "arithmetic", "reward": ""}, "--reward is empty"),
+        ({"task": "jsonl", "data": "FILE", "question_column": "answer"}, "the column answer is given twice"),
+        ({"task": "jsonl", "data": "x" * 5000}, "no such data file or folder"),
+        ({"task": "x" * 5000 + ".py:T"}, "no such file"),
+        ({"task": "a.py:"}, "expected path/to/file.py:MyTask"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(tmp_path, options, message):
+    file = write(tmp_path / "a.jsonl", [{"question": "A?", "answer": "B"}])
+    options = {name: str(file) if value == "FILE" else value for name, value in options.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        task_from_config(Config(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_windows_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "A?", "answer": "B"}\r\n' * 1)
+    assert list(make_task("jsonl", data=str(tmp_path / "a.jsonl"))) == [("A?", "B")]
+
+
+def test_text_in_parquet_that_is_not_utf8_is_refused_with_file_and_number(tmp_path):
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"], pa.binary()).buffers())
+    pa.parquet.write_table(pa.table({"question": text, "answer": ["1", "2"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: not UTF-8 text"):
+        make_task("jsonl", data=str(tmp_path / "a.parquet"))
 
 
 def test_columns_by_name(tmp_path):

@@ -123,6 +123,7 @@ def all_end(pids: list[int]) -> bool:
 @pytest.mark.parametrize("then", ["hang", "exit", "return"])
 @pytest.mark.parametrize("how", ["session", "grandchild", "daemon", "fork"])
 def test_every_process_that_a_function_started_ends_with_the_worker(starts, how, then):
+    """CHECKLIST 63."""
     if how == "fork" and not hasattr(os, "fork"):
         pytest.skip("no fork")
     worker = Worker("starts:maker", deadline_s=2.0)
@@ -160,6 +161,24 @@ def test_processes_of_a_worker_end_if_the_training_process_is_killed(starts):
     worker = Worker("starts:maker", deadline_s=20)
     worker.call("session", {str(file)!r}, "return")
     worker.call("thread", {str(file)!r}, "return")
+    os.kill(os.getpid(), 9)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert len(told(file)) == 2
+    assert all_end(told(file))
+
+
+def test_processes_of_a_busy_worker_end_at_once_if_the_training_process_is_killed(starts):
+    file = starts / "pids"
+    code = f"""
+    import os, sys, threading, time
+    sys.path[:0] = [{str(ROOT)!r}, {str(starts)!r}]
+    from tasks.worker import Worker
+    worker = Worker("starts:maker", deadline_s=60)
+    worker.call("thread", {str(file)!r}, "return")
+    threading.Thread(target=worker.call, args=("session", {str(file)!r}, "hang"), daemon=True).start()
+    while len(open({str(file)!r}).read().split()) < 2:
+        time.sleep(0.05)
     os.kill(os.getpid(), 9)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
