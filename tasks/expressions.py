@@ -141,7 +141,9 @@ def plain_number(text: str) -> Fraction | None:
 
 # --- equalities in prose
 
-_LIST_MARKER = re.compile(r"\n\s*(?:(?:[-+*•]|\(?[0-9A-Za-z]{1,3}[.)])\s+)*")
+_LIST_MARKER = re.compile(r"\n\s*(?:(?:[-+*•]|[0-9A-Za-z]{1,3}[.)]|\([0-9A-Za-z]{1,3}\)(?!\s*[-+*/(]))\s+)*")
+_DASH = re.compile(r"\n\s*-\s+")
+_ENDS, _OPERATORS = set("0123456789)"), set("-+*/×÷·−")
 _PIECE = re.compile(
     r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]*[0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)|(?P<sign>[-+*/()])"
     r"|(?P<space>[ \t\r]+)|(?P<word>[^\W\d_]{2,})|(?P<other>.)", re.DOTALL
@@ -150,7 +152,7 @@ _PIECE = re.compile(
 _ARITHMETIC_WORD = re.compile(
     "times|plus|minus|over|of|by|than|from|divided|multiplied|squared|cubed|to|power|mod|modulo|base|percent|remainder"
     "|rem|pi|sqrt|root|sin|cos|tan|log|ln|exp|abs|max|min|factorial|choose|twice|double|triple|hundred|thousand|million"
-    "|billion|mil|bn|(?:half|halve|third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth|dozen|pair|score"
+    "|billion|mil|bn|ones|tens|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:half|halve|third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth|dozen|pair|score"
     "|second|sec|minute|min|hour|hr|day|week|month|year|cent|dollar|euro|pound|penny|pennie|dime|nickel|inche|yard|mile"
     "|metre|meter|gram|ounce|litre|liter|pint|gallon|ton|am|pm|mm|cm|km|mg|kg|ml|ft|lb|oz)s?|inch|foot|feet"
     "|mal|durch|geteilt|und|fois|sur|moins|et|por|entre|mas|menos|veces|per|diviso|meno|vezes|mais",
@@ -160,10 +162,14 @@ _LETTER_OPERATORS = set("xXхХvVcCpPrReEhHmMsSdDkK")  # 3 x 5, 5 C 2, 7 R 1, 3 
 _CONTRACTED = re.compile(r"[^\W\d_]{2,}['’]$")  # that's 3 + 5
 # Emoji, but not 100, $, 10 and the clocks.
 _EMOJI = re.compile("[\U0001f300-\U0001faff](?<![\U0001f4af\U0001f4b2\U0001f51f\U0001f550-\U0001f567])")
+_ARROW_COMMAND = re.compile(r"\\(?:implies|iff|to|therefore|because|(?:Long|long)?[Rr]ightarrow)$")
 _BEFORE, _BEFORE_A_SPACE, _OPENING_QUOTE = set("=\n[{<>→⇒—"), set(".,:;?!#"), set("|\"'“‘`")
 _BEHIND, _BEHIND_UNLESS_DIGITS = set("=\n)]}<>|`$→⇒—✓✔✅✗❌?;"), set(".,:\"'”’")
 _SHORT_WORD = re.compile(r"[aI]\s+[A-Za-z]{2}")  # 8 I think
 _GOES_ON = re.compile(r"\s*(?:[*/^]|[-+]\s*(?:[0-9(]|\w\b))")
+# "3, remainder 1", "10 in base 8". Only if the left side is no whole number: "3 with 1 left", "3 each, 1 is left over".
+_REMAINDER = re.compile(r"(?:\W*\w+){0,2}\W*\b(?:remainders?|rem|base|mod|modulo)\b", re.IGNORECASE)
+_REST = re.compile(r"[^.]{0,40}?\b(?:left|leftover|remain(?:s|ing)?|over|rest|remainder)\b", re.IGNORECASE)
 _TWO_RUNS = re.compile(
     r"=\s*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:(,)|\s+)(?=[0-9(])(([0-9]*)[^=]*[-+*/][^=]*=?)",
     re.DOTALL,
@@ -195,8 +201,11 @@ def false_sums(text: str) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4096)  # responses of a group repeat each other, and reward and diagnostics both ask
 def _is_right(before: str, behind: str) -> bool | None:
     """Whether the equality between two cells holds in one of its readings; None if one of them is not clear."""
-    lefts = [_value_before(cell) for cell in _readings(before + "=", last=True)]
-    if lefts == [None]:
+    cells = _readings(before + "=", last=True)
+    if dash := _DASH.match(cells[0]):
+        cells.append("\n-" + cells[0][dash.end() :])  # "- 5 + 3": a list marker or a minus sign
+    lefts = [_value_before(cell) for cell in cells]
+    if set(lefts) == {None}:
         return None
     rights = _readings("=" + behind, last=False)
     verdicts = [None if left is None else _value_behind_is(cell, left) for left in lefts for cell in rights]
@@ -209,8 +218,16 @@ def _cell_before(text: str, equals: int) -> str:
     start = max(text.rfind("=", low, equals), text.rfind("\n", low, equals))
     if start < 0:
         return ("\n" if low == 0 else "\0") + text[low:equals]  # \0: the cell is longer than the window
-    continues = text[start] == "\n" and re.search(r"[0-9)]\s*[-+*/×÷·−]\s*$", text[max(0, start - 20) : start])
+    line_before = text[max(low, text.rfind("\n", low, start) + 1) : start]
+    continues = text[start] == "\n" and _is_continued(line_before, text[start + 1 : equals])
     return ("\0" if continues else text[start]) + text[start + 1 : equals]
+
+
+def _is_continued(line: str, next_line: str) -> bool:
+    """Whether an expression may go on from one line to the next: an operator ends the first or begins the second."""
+    if re.search(r"[0-9)]\s*[-+*/×÷·−]\s*$", line):
+        return True
+    return "=" not in line and line.rstrip()[-1:] in _ENDS and next_line.lstrip()[:1] in _OPERATORS
 
 
 def _cell_behind(text: str, equals: int) -> str:
@@ -244,6 +261,8 @@ def _may_begin(before: str, run: str) -> bool:
     """Whether an expression begins with `run`; False if the text `before` it may belong to it."""
     neighbour = re.findall(r"[^\W\d_]{2,}$|.$", before, re.DOTALL)[0]  # a word or one character
     earlier, spaced, sign = before.removesuffix(neighbour), run[:1].isspace(), run.lstrip()[:2]
+    if len(neighbour) > 1 and earlier[-1:] == "\\":
+        return _ARROW_COMMAND.search(before) is not None  # not \bullet
     if len(neighbour) > 1:
         after_number = neighbour == "and" and earlier.rstrip()[-1:].isdigit()
         mixed = after_number and _starts_with_proper_fraction(run)  # 3 and 1/2 + 1
@@ -276,7 +295,7 @@ def _value_behind_is(cell: str, left: Fraction) -> bool | None:
         run, behind = run[:closing], ")"
     elif behind[:2].isalpha():
         run = re.sub(r"\s+[-(]\s*$", " ", run)  # "8 - so", "8 (that is"
-    if not _may_end(run, behind):
+    if not _may_end(run, behind) or _REMAINDER.match(cell, end) or (left.denominator > 1 and _REST.match(cell, end)):
         return None
     number = run.strip().replace(",", "")
     if re.fullmatch(r"-?[0-9]+\.[0-9]+", number):
@@ -299,7 +318,8 @@ def _may_end(run: str, behind: str) -> bool:
     if behind[0] in _BEHIND:
         return True
     ratio = behind[0] == ":" and run[-1:].isspace()
-    return behind[0] in _BEHIND_UNLESS_DIGITS and not behind[1:2].isdigit() and behind[:2] != ".." and not ratio
+    decimal = behind[1:2].isdigit() or (behind[0] == "." and behind[1:2] in ".(\\")  # 3.(3)
+    return behind[0] in _BEHIND_UNLESS_DIGITS and not decimal and not ratio
 
 
 def _readings(cell: str, last: bool) -> list[str]:
