@@ -81,7 +81,7 @@ class MyTask(Task):
         return Reward(float("inf"), {})
 
     def do_flood(self, argument):
-        return Reward(1.0, {f"part {i}": 0.0 for i in range(100_000)})
+        return Reward(1.0, {f"part {i} " + "x" * 10_000: 0.0 for i in range(200)})  # 2 MB
 
 class NoTask:
     pass
