@@ -207,12 +207,10 @@ class Tokenizer:
 class IncrementalDecoder:
     """Text of a growing answer, piece by piece: `push(id)` returns the new text, `flush()` the text held back.
 
-    A character may be spread over several tokens, and a piece is held back until its characters are whole. The pieces,
-    joined, are the text that `decode` gives for all ids. The library's `DecodeStream` does this; it never gives up on
-    bytes that do not become a character, and has no end, so both are added here.
+    A character may be spread over several tokens, so a piece is held back until its characters are whole. The pieces,
+    joined, are the text that `decode` gives for all ids. One case is different: if the byte tokens of a sentencepiece
+    tokenizer are not UTF-8, `decode` also replaces the whole characters in front of them, and these were given before.
     """
-
-    HOLD = 16  # tokens; a character has at most 4 bytes, so bytes that are broken for longer stay broken
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
@@ -224,19 +222,17 @@ class IncrementalDecoder:
         self._held.append(token_id)
         try:
             text = self._stream.step(self._tokenizer._backend, token_id)
-        except Exception:  # the bare class: a broken byte changed text that was certain before
+        except Exception:  # the bare class: a broken byte changed text that was given before
             return self.flush()
-        if text is None:
-            return "" if len(self._held) < self.HOLD else self.flush()
-        self._held = []
-        return text
+        if text is not None:
+            self._held = []
+        return text or ""
 
     def flush(self) -> str:
-        """The rest, if no id will follow or it is time to give up."""
+        """The rest, if no id will follow."""
         text = self._tokenizer.decode(self._held, self._skip)
         self._held = []
-        if text:
-            self._stream = DecodeStream(skip_special_tokens=self._skip)
+        self._stream = DecodeStream(skip_special_tokens=self._skip)
         return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,40 @@ def test_an_interrupt_leaves_no_reply_behind():
     finally:
         signal.signal(signal.SIGALRM, old)
     assert call_limited("operator:add", 1, 2) == 3
+
+
+WITHOUT_RESOURCE = """if True:
+    import sys
+    import psutil  # which needs the module itself on Linux
+    sys.modules["resource"] = None  # as on Windows: the import fails
+    from model import limited
+    limited.CODE = limited.CODE.replace("from model", "import psutil; sys.modules['resource'] = None; from model")
+    assert limited.call_limited("operator:add", 1, 2) == 3
+    assert limited.call_limited("builtins:eval", "__import__('model.limited').limited.resource is None")
+    assert limited.resource is None
+    for target, argument in (("operator:mul", 10**9), ("operator:mul", 10**10)):
+        try:
+            limited.call_limited(target, "a", argument)
+        except limited.LimitedError as error:
+            print(error)
+    assert limited.call_limited("operator:add", 1, 2) == 3
+"""
+
+
+def test_limits_hold_without_the_module_resource():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RESOURCE], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"it took more than {limited.MEMORY_MIB} MiB of memory"] * 2
+
+
+def test_no_module_of_one_system_is_needed():
+    """Imports that Windows lacks stand inside a `try`, and the child is started, not forked."""
+    text = Path(limited.__file__).read_text(encoding="utf-8")
+    assert not re.findall(r"(?m)^(?:import|from) (?:resource|fcntl|pwd|pty|termios)", text)
+    assert "preexec_fn" not in text
+    assert "os.fork" not in text
 
 
 PARENT = """
