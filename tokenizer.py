@@ -100,9 +100,15 @@ class Tokenizer:
         return cls(files, _parse_object(_read(config), config) if config.is_file() else {}, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files as they were read, so that the folder is a checkpoint that transformers opens."""
-        folder = Path(folder)
-        for name, content in self._files.items():
+        """Write the tokenizer's files as they were read, so that the folder is a checkpoint that transformers opens.
+
+        `auto_map` of tokenizer_config.json is left out: it names Python files of the source, which are not saved.
+        """
+        folder, files = Path(folder), dict(self._files)
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+        if settings.pop("auto_map", None) is not None:
+            files["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
+        for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 

@@ -471,6 +471,17 @@ def test_saved_folder_is_complete_and_opens_in_transformers(tmp_path):
     )
 
 
+def test_saving_leaves_out_the_source_s_python_files(tmp_path):
+    """transformers would look for own_tokenizer.py, which is not in the saved folder."""
+    folder = write_checkpoint(tmp_path / "a", auto_map={"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]})
+    Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    before, after = (json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in "ab")
+    assert before.pop("auto_map")
+    assert after == before
+    ids = AutoTokenizer.from_pretrained(tmp_path / "b").encode(TEXTS[4], add_special_tokens=False)
+    assert ids == Tokenizer.from_pretrained(tmp_path / "b").encode(TEXTS[4])
+
+
 # ---- streaming
 
 
