@@ -1,12 +1,13 @@
-"""chat_template.py: the text of transformers for honest templates; an end, soon, for hostile ones."""
+"""chat_template.py: the text of transformers for honest templates, and a quick end for hostile ones."""
 
 import resource
+import threading
 import time
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from model import chat_template
+from model import chat_template, limited
 from model.chat_template import ChatTemplate
 
 MESSAGES = [
@@ -44,6 +45,9 @@ HONEST = {
     "{% endraw %}",
     "recursion": "{% for x in [1, [2, [3]]] recursive %}{{ x if x is number else loop(x) }}{% endfor %}",
     "defined": "{{ tools is defined }}{{ nothing is defined }}{{ dict(a=1) }}{{ range(3)|list }}",
+    "a filter that is not reached": "{% if messages|length > 99 %}{{ messages|no_such_filter }}{% endif %}a",
+    "attr": "{{ messages[0]|attr('role') }}",
+    "other methods": "{{ 'a b'.center(9) }}{{ '{:>4}'.format(7) }}{{ '%5.2f' % 1.5 }}",
 }
 BIG = "{% set x = 'a' * 1000000 %}"
 R = "{% set r = range(100000)|list %}{% for a in r %}"
@@ -113,30 +117,81 @@ def test_honest_templates_render_as_in_transformers(name):
     assert template.render(**variables) == theirs(HONEST[name])  # the second time, too
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_soon_in_one_line(name):
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+@pytest.fixture
+def short(monkeypatch):
+    """Less time for a rendering, so that the tests of endless ones are quick."""
+    monkeypatch.setattr(limited, "CPU_S", 0.6)
+
+
+def refusal(source: str, **variables) -> str:
     with pytest.raises(ValueError, match="the chat template") as caught:
-        ChatTemplate(HOSTILE[name]).render(messages=MESSAGES)
+        ChatTemplate(source).render(messages=MESSAGES, **variables)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 400
-    assert time.perf_counter() - start < 30  # seconds on a quiet machine; unbounded they take from minutes to forever
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: one GiB
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_soon_in_one_line(name, short):
+    """Seconds of processor time, unbounded they take from minutes to forever. And this process holds none of it."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    refusal(HOSTILE[name])
+    assert time.process_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert children.ru_maxrss < 2 << 20  # KiB
+    assert ChatTemplate("{{ messages|length }}").render(messages=MESSAGES) == "3"  # the next rendering works
+
+
+def test_a_template_that_is_hostile_to_one_conversation_only_ends_too(short):
+    """A trial rendering when the checkpoint is loaded would pass, and the run would hang at some later prompt."""
+    template = ChatTemplate("{% if messages|length > 5 %}" + HOSTILE["nested loops"] + "{% endif %}fine")
+    assert template.render(messages=MESSAGES) == "fine"
+    with pytest.raises(ValueError, match="processor time"):
+        template.render(messages=MESSAGES * 2)
+    assert template.render(messages=MESSAGES) == "fine"
 
 
 def test_raise_exception_tells_the_template_s_own_words():
-    with pytest.raises(ValueError, match=r"no system role$"):
-        ChatTemplate(HOSTILE["raise"]).render(messages=MESSAGES)
+    assert refusal(HOSTILE["raise"]).endswith("no system role")
 
 
-def test_the_budget_is_a_rendering_s_own():
-    """A long conversation needs a tenth of the budget, and what one rendering used is not missing in the next."""
-    template = ChatTemplate("{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages[::-1] %}{% set i = (messages|length - 1) - loop.index0 %}{% if m.role == 'user' and "
+        "not (m.content.startswith('<r>') and m.content.endswith('</r>')) %}{{ i }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if messages[loop.index0 - 1].role != m.role or messages[loop.index0 + 1] %}"
+        "{{ m.role + ': ' + m.content }}\n{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}",
+    ],
+)
+def test_long_conversations_are_rendered_at_their_real_cost(source):
+    """Ten thousand messages take a tenth of a second, also if a template looks at the whole list for each of them."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": f"word {i} " * 20} for i in range(10_000)]
+    expected = render_jinja_template([messages], chat_template=source)[0][0]
+    template = ChatTemplate(source)
     for _ in range(3):
-        assert template.render(messages=[{"role": "user", "content": "word " * 100}] * 5000).count("\n") == 5000
+        assert template.render(messages=messages) == expected
 
 
 def test_variables_must_be_plain_data():
     """An object with methods would be a door out of the sandbox."""
     with pytest.raises(ValueError, match="must be plain JSON data"):
         ChatTemplate("{{ messages }}").render(messages=[object()])
+
+
+def test_templates_in_threads_do_not_mix():
+    templates = {n: ChatTemplate("{{ n }}" + f"-{n}") for n in range(8)}
+    results: dict[int, set[str]] = {}
+
+    def work(n):
+        results[n] = {templates[n].render(n=n) for _ in range(30)}
+
+    threads = [threading.Thread(target=work, args=[n]) for n in templates]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: {f"{n}-{n}"} for n in templates}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,72 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_network(monkeypatch, tmp_p
     monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         locate_pretrained(str(tmp_path / "not" / "there"))
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty working folder, no bundled or fetched models, and a test that fails if the network is asked."""
+    monkeypatch.setattr(pretrained, "ROOT", tmp_path / "repository")
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_config(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./nosuch", ["there is no such folder"]),
+        ("../nosuch", ["there is no such folder"]),
+        ("runs/mine", ["there is no such folder", "did you mean mine-2?"]),  # runs/ is here, so this is no repo id
+        ("runs/mine-2/checkpoints/step-30", ["did you mean step-20?"]),
+        ("runs/mine-2/nosuch/step-30", ["runs/mine-2 is the part that exists"]),
+        ("runs/mine-2", ["is not a checkpoint, it holds 2", "--ckpt runs/mine-2/checkpoints/step-20"]),
+        ("runs/mine-2/checkpoints", ["it holds 2", "--ckpt runs/mine-2/checkpoints/step-20"]),
+        ("runs/mine-2/checkpoints/step-20/config.json", ["is a file", "--ckpt runs/mine-2/checkpoints/step-20"]),
+        ("https://huggingface.co/Qwen/Qwen2.5-0.5B/tree/main", ["expected the repo id: --ckpt Qwen/Qwen2.5-0.5B"]),
+        ("~nosuchuser/x", ["there is no user 'nosuchuser'"]),
+        ("a/b/c", ["there is no such folder"]),
+        ("", ["expected a folder or a repo id"]),
+        ("x\0y", ["expected a folder or a repo id"]),
+        ("x" * 5000, ["File name too long"]),
+    ],
+)
+def test_a_wrong_name_gets_the_hint_that_fits(name, words, offline):
+    for step in (10, 20):
+        folder = write_config(offline / "runs" / "mine-2" / "checkpoints" / f"step-{step}")
+        os.utime(folder / "config.json", (step, step))
+    with pytest.raises(FileNotFoundError) as error:
+        locate_pretrained(name)
+    text = one_line(error)
+    assert all(word in text for word in words), text
+    assert len(text) < 700
+
+
+def test_a_misspelt_name_and_a_missing_owner_are_told(monkeypatch, offline):
+    monkeypatch.setattr(pretrained, "snapshot_download", no_network)
+    write_config(offline / "models" / "Qwen2.5-0.5B-Instruct")
+    with pytest.raises(FileNotFoundError) as error:
+        locate_pretrained("Qwen2.5-0.5B-Instuct")
+    assert "did you mean Qwen2.5-0.5B-Instruct?" in one_line(error)
+    assert "Qwen/ was put in front; write OWNER/Qwen2.5-0.5B-Instuct" in one_line(error)
+    with pytest.raises(FileNotFoundError) as error:
+        locate_pretrained("HuggingFaceTB/SmolLM2-135M")
+    assert "was put in front" not in one_line(error)
+
+
+def test_a_folder_of_an_owner_does_not_hide_the_owner_s_other_repos(monkeypatch, offline):
+    asked = []
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda repo, **_: asked.append(repo) or offline)
+    write_config(offline / "Qwen" / "Qwen2.5-0.5B")
+    assert locate_pretrained("Qwen/Qwen2.5-0.5B") == Path("Qwen/Qwen2.5-0.5B")
+    locate_pretrained("Qwen/Qwen2.5-7B")
+    assert asked == ["Qwen/Qwen2.5-7B"]
 
 
 def test_model_and_tokenizer_come_back_from_one_folder(checkpoint_folder, tiny_model, tokenizer):
