@@ -25,7 +25,7 @@ from model.attention import KVCache
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.decoding import prefill_prompts
 from rollout.generation import check_room, uniform_numbers
-from rollout.sampling import SamplingParams, sample
+from rollout.sampling import SamplingParams, sample, wide_dtype
 from run.config import Config
 from run.flags import one_line, parse_flags
 from run.options import Count, NotNegative, NumberOrNone, PositiveShare, Seed, Share, check_ranges
@@ -75,8 +75,10 @@ def stream(
     model.eval()
     hidden, prefill = prefill_prompts(model, [prompt_ids])
     cache = KVCache.from_prefill(prefill, 1, params.max_new_tokens)
-    for u in uniform_numbers([prompt_ids], params, seed)[0]:
-        token, logprob = sample(model.logits(hidden), u[None].to(model.device), params, tokenizer.vocab_size)
+    uniforms = uniform_numbers([prompt_ids], params, seed)[0]
+    # The type changes before the move: MPS has no fp64.
+    for u in uniforms.to(wide_dtype(model.device)).to(model.device):
+        token, logprob = sample(model.logits(hidden), u[None], params, tokenizer.vocab_size)
         if logprob.isnan():
             raise ValueError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
         yield int(token)
