@@ -32,8 +32,18 @@ def rows_that_fit(config: Qwen2Config, tokens: int, dtype: torch.dtype, device: 
     c = config
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize * tokens
     on_gpu = device.type == "cuda"
-    memory = (torch.cuda.mem_get_info(device)[0] + reusable) // 2 if on_gpu else psutil.virtual_memory().total // 4
+    memory = (torch.cuda.mem_get_info(device)[0] + reusable) // 2 if on_gpu else host_memory() // 4
     return max(1, memory // row)
+
+
+def host_memory() -> int:
+    """Bytes of the computer's memory."""
+    return psutil.virtual_memory().total
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free or in use by this process; other processes have the rest."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def drop_first(drop: Callable[[], bool]) -> None:

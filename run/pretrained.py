@@ -11,12 +11,13 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from model.qwen2_config import Qwen2Config
 from qwen2_llm import Qwen2ForCausalLM
 from run.config import Config
+from run.device import check_dtype, choose_device, choose_dtype
 from tasks.messages import first_line, home_path
 from tokenizer import Tokenizer
 
@@ -30,15 +31,13 @@ def locate_pretrained(name: str) -> Path:
 
     Raises FileNotFoundError that says what was looked for, where, and how to get it.
     """
-    candidates = [home_path(name), ROOT / "assets" / name, ROOT / "models" / name, Path("models") / name]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
+    if folder := _local_folder(name):
+        return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(
             f"--ckpt {name}: there is no such folder, and it is not a repo id like Qwen/Qwen2.5-0.5B-Instruct"
         )
-    repo = name if "/" in name else f"{DEFAULT_OWNER}/{name}"
+    repo = _repo_id(name)
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -47,6 +46,15 @@ def locate_pretrained(name: str) -> Path:
             f"fetched ({first_line(error)[:150]}); with a network, run: "
             f"hf download {repo} --local-dir models/{Path(name).name}"
         ) from None
+
+
+def _local_folder(name: str) -> Path | None:
+    candidates = [home_path(name), ROOT / "assets" / name, ROOT / "models" / name, Path("models") / name]
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _repo_id(name: str) -> str:
+    return name if "/" in name else f"{DEFAULT_OWNER}/{name}"
 
 
 def load_pretrained(
@@ -63,13 +71,24 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load_policy(config: Config, folder: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
-    """Model and tokenizer of `folder`, on the device and in the dtype that the config asks for."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
-    if dtype is None:
-        sizes = Qwen2Config.from_pretrained(folder)
-        dtype = torch.float32 if sizes.num_hidden_layers * sizes.hidden_size**2 < 1e6 else torch.bfloat16
+def peek_sizes(name: str) -> Qwen2Config | None:
+    """The architecture of a checkpoint, without its weights. None if there is none to read; `locate_pretrained` then
+    says why."""
+    try:
+        if folder := _local_folder(name):
+            return Qwen2Config.from_pretrained(folder)
+        return Qwen2Config.from_pretrained(Path(hf_hub_download(_repo_id(name), "config.json")).parent)
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+def load_policy(config: Config, name: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """Model and tokenizer of a checkpoint, on the device and in the dtype of the config.
+
+    Raises ValueError, before a download, if the machine has no such device or does not compute in that dtype.
+    """
+    device = choose_device(config.device)
+    check_dtype(config.dtype, device)
+    folder = locate_pretrained(str(name))
+    dtype, _ = choose_dtype(config.dtype, device, Qwen2Config.from_pretrained(folder))
     return load_pretrained(folder, dtype, device)
