@@ -253,26 +253,33 @@ def update_policy(
     elif not step.trains:
         guard.skipped("no episode has a gradient")
     else:
-        _clipped_step(optimizer, min(1.0, max_grad_norm / (grad_norm + 1e-6)) / scale.value)
-        scale.note_update()
+        _clipped_step(optimizer, norm, max_grad_norm, scale)
     if scale.active:
         metrics["loss_scale"] = scale.value
     optimizer.zero_grad(set_to_none=True)
     return metrics
 
 
-def _clipped_step(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """A step with all gradients times `factor`, which undoes the loss scale and clips the norm."""
-    if isinstance(optimizer, MemoryEfficientAdamW):
-        optimizer.step(gradient_factor=factor)  # in fp32
-        return
-    for gradient in _gradients(optimizer):
-        gradient.mul_(factor)
-    optimizer.step()
+def _clipped_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float, scale: LossScale) -> None:
+    """A step with gradients whose joint norm is at most `max_norm`. `norm` is the norm with the loss scale."""
+    if scale.active and isinstance(optimizer, MemoryEfficientAdamW):
+        grad_norm = norm.item() / scale.value
+        optimizer.step(gradient_factor=min(1.0, max_norm / (grad_norm + 1e-6)) / scale.value)  # in fp32
+    else:
+        parameters = _parameters(optimizer)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm * scale.value, norm)
+        for p in parameters if scale.active else []:
+            p.grad /= scale.value
+        optimizer.step()
+    scale.note_update()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

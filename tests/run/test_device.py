@@ -118,7 +118,7 @@ def broken_driver(monkeypatch):
 
 
 def test_auto_says_that_a_driver_is_too_old(broken_driver, caplog):
-    """CHECKLIST 59. A run of hours on the CPU beside a GPU begins with one line that says why."""
+    """CHECKLIST 64. A run of hours on the CPU beside a GPU begins with one line that says why."""
     assert choose_device("auto") == CPU
     (record,) = caplog.records
     assert "the GPU is not used" in record.message

@@ -149,7 +149,7 @@ def test_other_types_have_no_scale(dtype):
 
 
 def test_an_overflow_repeats_the_step_with_half_the_scale():
-    """CHECKLIST 60. The update is that of the lower scale, bit for bit: no step is lost, and none is refused."""
+    """CHECKLIST 65. The update is that of the lower scale, bit for bit: no step is lost, and none is refused."""
     scale = LossScale(torch.float16)
     scale.value = 2.0**23
     repeated, metrics = update(torch.float16, scale)
