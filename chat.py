@@ -25,11 +25,11 @@ from model.attention import KVCache
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.decoding import prefill_prompts
 from rollout.generation import check_room, uniform_numbers
-from rollout.sampling import SamplingParams, sample
+from rollout.sampling import SamplingParams, sample, wide_dtype
 from run.config import Config
 from run.flags import one_line, parse_flags
 from run.options import Count, NotNegative, NumberOrNone, PositiveShare, Seed, Share, check_ranges
-from run.pretrained import load_policy, locate_pretrained
+from run.pretrained import load_policy
 from run.terminal import complain, run_program, say, write_error
 from tasks.task_base import RESPONSE_PREFIXES
 from tokenizer import IncrementalDecoder, Tokenizer
@@ -59,8 +59,8 @@ class Options:
     """Seed of the sampling. The same conversation with the same seed gets the same responses."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device of the model."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the weights on the device. auto: fp32 for tiny models, bf16 for the others."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the weights. auto: fp32 for tiny models, else the 16-bit type that the device computes in."""
 
 
 @torch.inference_mode()
@@ -75,8 +75,10 @@ def stream(
     model.eval()
     hidden, prefill = prefill_prompts(model, [prompt_ids])
     cache = KVCache.from_prefill(prefill, 1, params.max_new_tokens)
-    for u in uniform_numbers([prompt_ids], params, seed)[0]:
-        token, logprob = sample(model.logits(hidden), u[None].to(model.device), params, tokenizer.vocab_size)
+    uniforms = uniform_numbers([prompt_ids], params, seed)[0]
+    # The type changes before the move: MPS has no fp64.
+    for u in uniforms.to(wide_dtype(model.device)).to(model.device):
+        token, logprob = sample(model.logits(hidden), u[None], params, tokenizer.vocab_size)
         if logprob.isnan():
             raise ValueError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
         yield int(token)
@@ -92,7 +94,7 @@ class Chat:
     def __init__(self, options: Options):
         self.options = options
         config = Config(ckpt=options.ckpt, device=options.device, dtype=options.dtype)
-        self.model, self.tokenizer = load_policy(config, locate_pretrained(options.ckpt))
+        self.model, self.tokenizer = load_policy(config, options.ckpt)
         self.params = SamplingParams(
             1, options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.min_p
         )

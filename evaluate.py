@@ -31,7 +31,7 @@ from rollout.sampling import SamplingParams
 from run.config import Config, parse_args
 from run.flags import help_text, one_line, take_flag
 from run.options import TaskOptions
-from run.pretrained import load_policy, locate_pretrained
+from run.pretrained import load_policy
 from run.progress import plain
 from run.terminal import complain, run_program, say
 from study.intervals import difference_interval, pass_at_k, share_interval
@@ -54,7 +54,7 @@ def evaluate_checkpoint(config: Config, ckpt: str, samples: int) -> Evaluation:
 
     Raises ValueError if the task has no held-out problems, or no reward part `answer`.
     """
-    model, tokenizer = load_policy(config, locate_pretrained(ckpt))
+    model, tokenizer = load_policy(config, ckpt)
     task = task_from_config(config)
     problems = task.test_problems(config.eval_problems)
     if not problems:

@@ -41,20 +41,22 @@ from math_task import task_from_config
 from model.linear import gradients_in_place
 from model.lora import add_lora, has_lora, trainable
 from model.memory import halve_when_out_of_memory
-from optimizer import MemoryEfficientAdamW, learning_rate
+from optimizer import MemoryEfficientAdamW, gradient_norm, learning_rate
 from parallel import distributed
 from parallel.sharding import ShardedAdamW, gradients_of_all_ranks, is_sharded, shard, whole
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
 from run.config import Config, load_config, preset_for
+from run.memory_plan import choose_place
 from run.options import LossOptions
-from run.pretrained import load_policy, locate_pretrained
+from run.pretrained import load_policy
 from tasks.curriculum import Curriculum
 from tasks.metric_names import check_names
 from tasks.task_base import QuestionTask, Task
 from tokenizer import Tokenizer
 from update.guards import Guard, name_culprit, not_finite_answer
+from update.loss_scale import LossScale
 from update.losses import adapt_entropy_coef
 from update.objective import micro_batch_loss
 from update.packing import Scores, Step
@@ -189,6 +191,7 @@ def update_policy(
     max_grad_norm: float = 1.0,
     micro_batch_tokens: int = 16384,
     guard: Guard | None = None,
+    loss_scale: LossScale | None = None,
     **options: Any,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
@@ -203,6 +206,7 @@ def update_policy(
         micro_batch_tokens: most tokens in one forward and backward pass. It changes memory, not the gradient. If memory
             runs out, the gradient is computed again with half as many.
         guard: keeps why an update was refused. None: only a warning.
+        loss_scale: of fp16 weights, from the update before. None: a new one.
 
     With several processes all of them pass the same episodes. Each computes its groups' part of the gradient.
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
@@ -212,7 +216,7 @@ def update_policy(
     option.
     """
     loss = replace(loss or LossOptions(), **options) if options else loss or LossOptions()
-    guard = guard or Guard()
+    guard, scale = guard or Guard(), loss_scale or LossScale(model.dtype)
     if loss.divergence_in_loss and loss.needs_reference and reference is None:
         raise ValueError(f"beta is {loss.beta}, but there is no reference policy to compare with")
     step = Step(episodes, model.device, loss, max_new_tokens=max_new_tokens, before=before)
@@ -224,16 +228,20 @@ def update_policy(
         masks = top_entropy_masks(model, micro_batches, loss.top_entropy_share)
         with gradients_in_place(not is_sharded(model)):
             for micro, mask in zip(micro_batches, masks):
-                micro_batch_loss(loss, model, reference, micro, mask, totals).backward()
+                (micro_batch_loss(loss, model, reference, micro, mask, totals) * scale.value).backward()
         return totals
 
-    if distributed.world_size() == 1:
-        metrics = halve_when_out_of_memory(gradient, micro_batch_tokens).metrics()
-        norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
-    else:
-        totals, norm = gradients_of_all_ranks(gradient, step, model, optimizer, micro_batch_tokens)
-        metrics = totals.metrics()
-    metrics["grad_norm"] = grad_norm = norm.item()
+    while True:
+        if distributed.world_size() == 1:
+            metrics = halve_when_out_of_memory(gradient, micro_batch_tokens).metrics()
+            norm = gradient_norm(_gradients(optimizer))
+        else:
+            totals, norm = gradients_of_all_ranks(gradient, step, model, optimizer, micro_batch_tokens)
+            metrics = totals.metrics()
+        metrics["grad_norm"] = grad_norm = norm.item() / scale.value
+        overflow = math.isfinite(metrics["loss"]) and not math.isfinite(grad_norm)
+        if not (overflow and scale.lower()):
+            break
     finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm) and not_finite_answer(episodes) is None
     metrics["update/not_finite"] = float(not finite)
     metrics["update/skipped"] = float(not (step.trains and finite))
@@ -245,10 +253,25 @@ def update_policy(
     elif not step.trains:
         guard.skipped("no episode has a gradient")
     else:
-        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_grad_norm, norm)
-        optimizer.step()
+        _clipped_step(optimizer, norm, max_grad_norm, scale)
+    if scale.active:
+        metrics["loss_scale"] = scale.value
     optimizer.zero_grad(set_to_none=True)
     return metrics
+
+
+def _clipped_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float, scale: LossScale) -> None:
+    """A step with gradients whose joint norm is at most `max_norm`. `norm` is the norm with the loss scale."""
+    if scale.active and isinstance(optimizer, MemoryEfficientAdamW):
+        grad_norm = norm.item() / scale.value
+        optimizer.step(gradient_factor=min(1.0, max_norm / (grad_norm + 1e-6)) / scale.value)  # in fp32
+    else:
+        parameters = _parameters(optimizer)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm * scale.value, norm)
+        for p in parameters if scale.active else []:
+            p.grad /= scale.value
+        optimizer.step()
+    scale.note_update()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -283,7 +306,7 @@ class GRPO:
     ):
         self.config = config = config or load_config(preset_for(Config.ckpt))
         if model is None or tokenizer is None:
-            model, tokenizer = load_policy(config, locate_pretrained(config.ckpt))
+            model, tokenizer = load_policy(config, config.ckpt)
         self.model, self.tokenizer = model, tokenizer
         self.task = task or task_from_config(config)
         levels = config.curriculum
@@ -298,20 +321,21 @@ class GRPO:
             )  # fmt: skip
         if config.shard_weights:
             shard(model)
-        AdamW = ShardedAdamW if is_sharded(model) else MemoryEfficientAdamW
-        self.optimizer = optimizer or AdamW(
-            trainable(model), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
-            place="host" if config.cpu_optimizer else "device",
-        )  # fmt: skip
         if reference is None and config.needs_reference:
             # The reference is the original checkpoint, even if training resumes from a later one. With LoRA, the base
             # weights of the policy are that checkpoint.
-            reference = model if has_lora(model) else load_policy(config, locate_pretrained(config.ckpt))[0]
+            reference = model if has_lora(model) else load_policy(config, config.ckpt)[0]
             if is_sharded(model) and reference is not model:
                 shard(reference)
         self.reference = reference
+        AdamW = ShardedAdamW if is_sharded(model) else MemoryEfficientAdamW
+        self.optimizer = optimizer or AdamW(
+            trainable(model), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
+            place=choose_place(model, config),
+        )  # fmt: skip
         self.step_count = 0
         self.guard = Guard(config.max_refusals)
+        self.loss_scale = LossScale(model.dtype)
         self.entropy_coef = config.entropy_coef  # the adaptive coefficient
         self.applied_entropy_coef = config.entropy_coef  # 0 while the entropy is above its target
 
@@ -425,7 +449,7 @@ class GRPO:
             metrics = update_policy(
                 self.model, self.optimizer, episodes, loss=loss, reference=self.reference, before=before,
                 max_new_tokens=c.max_new_tokens, max_grad_norm=c.max_grad_norm,
-                micro_batch_tokens=c.micro_batch_tokens, guard=self.guard,
+                micro_batch_tokens=c.micro_batch_tokens, guard=self.guard, loss_scale=self.loss_scale,
             )  # fmt: skip
             first = first or metrics
         metrics |= {name: value for name, value in first.items() if name.startswith("sampling/")}
@@ -443,12 +467,14 @@ class GRPO:
             "entropy_coef": self.entropy_coef,
             "applied_entropy_coef": self.applied_entropy_coef,
             "refusals": refusals,
+            **(self.loss_scale.state_dict() if self.loss_scale.active else {}),
             **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
         self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
+        self.loss_scale.load_state_dict(state)
         if self.curriculum:
             self.curriculum.load_state_dict(state.get("curriculum", {}))
 

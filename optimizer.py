@@ -238,6 +238,28 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         return sum(ring.slots.nbytes for ring in self._rings.values())
 
 
+def pinned_bytes_of(params: Iterable[Tensor]) -> int:
+    """Bytes of pinned host memory that a step takes if the state is on the host. torch rounds up to a power of two."""
+    total, of_dtype = 0, defaultdict(list)
+    for p in params:
+        of_dtype[p.dtype].append(p.numel())
+    for dtype, sizes in of_dtype.items():
+        trips, elements = sum(-(-size // SLICE) for size in sizes), min(SLICE, max(sizes))
+        needed = min(SLOTS, trips) * elements * dtype.itemsize
+        total += 1 << max(0, needed - 1).bit_length()
+    return total
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Joint norm of all gradients, in fp32: a norm in 16 bits has 3 digits, and overflows in fp16."""
+    norms = [
+        torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
+        for gradient in gradients
+        for part in gradient.reshape(-1).split(DEVICE_SLICE)  # the CPU makes an fp32 copy of each part
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
 def learning_rate(
     step: int,
     lr: float,

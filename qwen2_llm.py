@@ -51,6 +51,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cuda":  # the same in one kernel; it rounds once, after the weight
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x32 = x.float()
         scale = torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + self.eps)
         return (x32 * scale).to(x.dtype) * self.weight

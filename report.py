@@ -28,7 +28,7 @@ import torch
 from data_types import Episode
 from run.checkpoint import find_checkpoint
 from run.flags import one_line
-from run.pretrained import load_policy, locate_pretrained
+from run.pretrained import load_policy
 from run.terminal import complain, run_program, say
 from study.pictures import save_pictures
 from study.responses import marked, marked_tokens
@@ -73,9 +73,7 @@ def add_ratios(run: Run, shown: list[dict[str, Any]], after: str = "latest") -> 
     after: a checkpoint as `--ckpt` takes it; "latest" is the run's last one. Raises FileNotFoundError if there is none,
     and ValueError if the samples were not drawn by a model with its vocabulary.
     """
-    model, tokenizer = load_policy(
-        run.config, find_checkpoint(run.folder) if after == "latest" else locate_pretrained(after)
-    )
+    model, tokenizer = load_policy(run.config, find_checkpoint(run.folder) if after == "latest" else after)
     answers = [a for group in shown for a in group["answers"] if "token_ids" in a and None not in a["token_logprobs"]]
     largest = max((i for a in answers for i in (*a["prompt_ids"], *a["token_ids"])), default=0)
     if largest >= model.config.vocab_size:

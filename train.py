@@ -37,8 +37,8 @@ from rollout.sampling import SamplingParams
 from run.checkpoint import find_checkpoint, load_checkpoint, rewind, save_checkpoint
 from run.config import Config, config_files, parse_args
 from run.flags import one_line
-from run.memory_plan import describe, dry_run, peak_gib
-from run.pretrained import load_policy, locate_pretrained
+from run.memory_plan import advice, check_machine, describe, dry_run, peak_gib, place_of
+from run.pretrained import load_policy
 from run.random_states import random_states, set_random_states
 from run.run_folder import claim, where_to_begin
 from run.run_lock import RunLock
@@ -66,6 +66,7 @@ def train(config: Config) -> int:
 
 def train_in(lock: RunLock, config: Config) -> int:
     """`train`, with the lock of the run's folder, which is taken as soon as the folder is known to be there."""
+    check_machine(config)  # before a download, and before the run's folder is made
     start = distributed.from_main(lambda: where_to_begin(config, lock))
     resumed = start.checkpoint
     if config.dtype == "auto" and start.dtype:  # another machine would choose another type, say
@@ -74,9 +75,7 @@ def train_in(lock: RunLock, config: Config) -> int:
     torch.manual_seed(config.seed)
 
     task = task_from_config(config)
-    model, tokenizer = load_policy(
-        config, locate_pretrained(config.ckpt) if config.lora_rank or not resumed else resumed
-    )
+    model, tokenizer = load_policy(config, config.ckpt if config.lora_rank or not resumed else resumed)
     if resumed and config.lora_rank:  # the checkpoint's model.safetensors is merged; training continues from its parts
         load_adapters(model, resumed / "adapter", config.lora_dropout)
     trainer = GRPO(config, model=model, tokenizer=tokenizer, task=task)
@@ -86,6 +85,7 @@ def train_in(lock: RunLock, config: Config) -> int:
     if task.data_summary:
         say(f"data: {task.data_summary}")
     if config.dry_run:
+        say(f"memory: {advice(model, config, place_of(trainer.optimizer))}")
         peak = max(distributed.gather_each(dry_run(trainer)))
         say(f"dry run: peak memory {peak:.2f} GiB for the largest possible step; nothing was written")
         return 0

@@ -38,6 +38,7 @@ from tokenizer import Tokenizer  # noqa: E402
 # Speed asks for a model's shape, not for its training: vocabulary, hidden, feed-forward, layers, heads, kv heads.
 SHAPES = {
     "tiny": (2048, 64, 128, 2, 4, 2),
+    "135m": (49_152, 576, 1536, 30, 9, 3),
     "0.5b": (151_936, 896, 4864, 24, 14, 2),
     "1.5b": (151_936, 1536, 8960, 28, 12, 2),
     "3b": (151_936, 2048, 11_008, 36, 16, 2),

@@ -21,7 +21,7 @@ from model.lora import add_lora  # noqa: E402
 from model.qwen2_config import Qwen2Config  # noqa: E402
 from qwen2_llm import Qwen2ForCausalLM  # noqa: E402
 from run.config import CONFIGS, load_config  # noqa: E402
-from run.memory_plan import estimate_gib  # noqa: E402
+from run.memory_plan import estimate  # noqa: E402
 
 # The released config.json: hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied
 SIZES = {
@@ -44,7 +44,7 @@ def preset_gib(preset: Path) -> tuple[float, float] | None:
         model = Qwen2ForCausalLM(Qwen2Config(V, D, F, L, H, G, D // H, tie_word_embeddings=tied)).bfloat16()
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
-    return estimate_gib(model, config, reference=None)
+    return estimate(model, config, place="host")
 
 
 def main() -> None:

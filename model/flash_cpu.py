@@ -100,7 +100,8 @@ class _FlashAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, rectangles, prefixes) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, *parts: Any) -> Tensor:  # type: ignore[override]
+        rectangles, prefixes = parts
         n_kv = k_NGK.shape[1]
         o = torch.empty_like(q_NHK)
         lse = torch.empty(q_NHK.shape[:2], dtype=torch.float32)  # [N, H]

@@ -1,8 +1,8 @@
-"""From the last hidden states to log-probabilities and entropies, through an LM head whose logits never exist whole.
+"""From the last hidden states to log-probabilities and entropies, through a chunked LM head.
 
-For 2,048 tokens and 151,936 ids the logits in fp32 are 1.16 GiB and their gradient as much again: they would be the
-largest tensors of a training step. `token_logprobs` goes through the head a slice of the vocabulary at a time, keeps a
-few numbers a token, and computes the slice again in the backward pass. The reference implementation is in textbook.py:
+For 2,048 tokens and 151,936 ids the logits in fp32 are 1.16 GiB, and their gradient is as large: they would be the
+largest tensors of a training step. `token_logprobs` computes a slice of the vocabulary at a time, keeps a few numbers
+for each token, and computes the slice again in the backward pass. The reference implementation is in textbook.py:
 log-probabilities from complete logits.
 
     logp, entropy = token_logprobs(hidden, model.lm_head.weight, targets, temperature)
@@ -13,6 +13,8 @@ Shape letters: M loss tokens, D hidden, V vocabulary, B slices of it. All in fp3
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +22,28 @@ from torch.autograd.function import once_differentiable
 
 from model.linear import gradient_in_place
 
-LOGITS_AT_ONCE = 2**24  # the size of a slice of logits: large enough for the matrix products, 64 MiB as fp32
-CPU_TILE = 2**18  # of these, worked on at a time on a CPU: 1 MiB of fp32 stays in a core's cache from pass to pass
+LOGITS_AT_ONCE = 2**24  # size of a slice of logits: large enough for the matrix products, 64 MiB as fp32
+LARGEST_SLICE = 2**28  # on a GPU
+CPU_TILE = 2**18  # part of a slice on a CPU: 1 MiB of fp32 stays in a core's cache from pass to pass
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Size of a slice of logits. On a GPU it grows with the memory, to about 3 % of it.
+
+    A GPU needs large slices: each is some twenty kernels, and the weight's gradient is read and written once for each.
+    """
+    if device.type != "cuda":
+        return LOGITS_AT_ONCE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(max(memory // 512, LOGITS_AT_ONCE), LARGEST_SLICE)  # about 14 bytes for each logit
 
 
 def scale_logits(logits: Tensor, temperature: float = 1.0, vocab_size: int | None = None) -> Tensor:
     """Turn a head's logits [..., V] into those of the distribution that is sampled from: [..., vocab_size] in fp32.
 
-    The one place where this happens, in rollout and in training, so that what was sampled is what is scored. Ids from
-    `vocab_size` on (rows of the head beyond the tokenizer's vocabulary) are cut off. May return a view of its input.
-    Raises ValueError for a temperature that is not positive.
+    Sampling and training both call this function, so they use the same logits. Ids from `vocab_size` on (rows of the
+    head beyond the tokenizer's vocabulary) are cut off. May return a view of its input. Raises ValueError for a
+    temperature that is not positive.
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}, expected a positive number (greedy decoding: take the argmax)")
@@ -43,14 +57,15 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of each distribution, [M] and [M] fp32, both differentiable.
 
-    `hidden_MD[i]` is the hidden state that predicts `targets_M[i]` (the shift by one is the caller's). No tensor larger
-    than [M, chunk] is made: `chunk` rows of the head are walked at a time, forward and again backward; None chooses
-    about 2^24 logits, whatever M is. Walking the vocabulary and not the tokens makes each row of the weight's gradient
-    one product over all tokens, rounded to the weight's dtype once, where chunks of tokens would add up in bf16.
-    Tokens whose incoming gradient is 0 are skipped in the backward pass.
+    `hidden_MD[i]` is the hidden state that predicts `targets_M[i]` (the caller shifts by one). No tensor is larger than
+    [M, chunk]: `chunk` rows of the head are computed at a time. None: about `logits_at_once` logits, for any M. Tokens
+    with an incoming gradient of 0 are skipped in the backward pass.
+
+    The slices are slices of the vocabulary and not of the tokens. So each row of the weight's gradient is one product
+    over all tokens, which is rounded to the weight's dtype once.
     """
     _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
-    chunk = max(1, LOGITS_AT_ONCE // max(1, len(hidden_MD))) if chunk is None else chunk
+    chunk = max(1, logits_at_once(hidden_MD.device) // max(1, len(hidden_MD))) if chunk is None else chunk
     return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk)
 
 
@@ -66,7 +81,7 @@ def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_si
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Statistics of softmax(h W^T / temperature) slice by slice.
+    """Statistics of softmax(h W^T / temperature), slice by slice.
 
     For a slice b of the vocabulary let lse_b be the logsumexp of its logits and mean_b their mean under its softmax.
     Then lse = logsumexp_b(lse_b), and entropy = lse - sum_b softmax(lse)_b mean_b. Backward, with logp = z - lse and
@@ -75,7 +90,8 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, vocab_size, chunk):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any):  # type: ignore[override]
+        temperature, vocab_size, chunk = options
         slices = _logit_slices(hidden, weight, vocab_size, chunk)
         stats = [_slice_statistics(logits, targets, lo, temperature) for lo, logits in slices]
         lse_BM, mean_BM, target_logit_BM = (torch.stack(column) for column in zip(*stats))
@@ -87,17 +103,18 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor):  # type: ignore[override]
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         temperature, vocab_size, chunk = ctx.options
         use_entropy = bool((grad_entropy != 0).any())
-        # Tokens of groups without a signal, or masked: no gradient, no work, and a NaN there goes nowhere.
+        # Tokens of groups without a signal, and masked tokens, have gradient 0. They are left out, so a NaN in their
+        # hidden states does not spread.
         rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
         per_token = [x[rows] for x in (hidden, targets, lse, entropy, grad_logp, grad_entropy)]
         hidden_rows, targets, lse, entropy, grad_logp, grad_entropy = per_token
         grad_logp, grad_entropy = grad_logp / temperature, grad_entropy / temperature  # of the logits before scaling
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        d_rows = torch.zeros_like(hidden_rows, dtype=lse.dtype) if want_hidden else None
+        d_rows = torch.zeros_like(hidden_rows, dtype=lse.dtype)  # sums over slices, in fp32
         in_place = gradient_in_place(weight) if want_weight else None
         d_weight = torch.zeros_like(weight) if want_weight and in_place is None else in_place
         for lo, logits in _logit_slices(hidden_rows, weight, vocab_size, chunk):
@@ -108,14 +125,14 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits[tile] = _logit_gradient(logits[tile], *numbers, grads, temperature)
             if want_hidden:
                 d_rows += logits @ weight[lo:hi]
-            if want_weight:
+            if d_weight is not None:
                 d_weight[lo:hi].addmm_(logits.T, hidden_rows)
         d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype)) if want_hidden else None
         return d_hidden, d_weight if in_place is None else None, None, None, None, None
 
 
-def _logit_slices(hidden: Tensor, weight: Tensor, vocab_size: int | None, chunk: int):
-    """Yield (first id, logits [M, <= chunk]) for each slice of the vocabulary; the next slice overwrites the last."""
+def _logit_slices(hidden: Tensor, weight: Tensor, vocab_size: int | None, chunk: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first id, logits [M, <= chunk]) for each slice of the vocabulary. The next slice overwrites the last."""
     V = weight.shape[0] if vocab_size is None else vocab_size
     chunk = math.ceil(V / math.ceil(V / chunk))  # slices of equal size
     buffer = hidden.new_empty(hidden.shape[0] * chunk)
@@ -126,28 +143,32 @@ def _logit_slices(hidden: Tensor, weight: Tensor, vocab_size: int | None, chunk:
 
 
 def _tiles(logits: Tensor) -> list[slice]:
-    """Rows to work on at a time: a few that fit a CPU's cache; elsewhere all of them."""
+    """Rows to compute at a time: on a CPU a few that fit its cache, elsewhere all of them."""
     M, width = logits.shape
     step = max(1, CPU_TILE // width) if logits.device.type == "cpu" else max(M, 1)
     return [slice(i, i + step) for i in range(0, M, step)]
 
 
 def _slice_statistics(logits: Tensor, targets: Tensor, lo: int, temperature: float) -> Tensor:
-    """[3, M]: logsumexp of the slice, mean logit under its softmax, the target's logit (0 where it is elsewhere)."""
+    """[3, M]: logsumexp of the slice, mean logit under its softmax, the target's logit (0 if in another slice)."""
     stats = logits.new_empty(3, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
     for tile in _tiles(logits):
         z = scale_logits(logits[tile], temperature)
         inside, column = _find_targets(targets[tile], lo, z.shape[1])
         stats[2, tile] = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
         top = z.amax(-1, keepdim=True)
-        e = z.sub_(top).exp()  # in place: whatever z is a view of is scratch
+        e = z.sub_(top).exp()  # in place: z may be a view of the slice, which the next slice overwrites anyway
         total = e.sum(-1)
         stats[0, tile] = total.log() + top.squeeze(1)
         stats[1, tile] = e.mul_(z).sum(-1) / total + top.squeeze(1)
     return stats
 
 
-def _logit_gradient(logits, targets, lo, lse, entropy, grads, temperature) -> Tensor:
+def _logit_gradient(
+    logits: Tensor, targets: Tensor, lo: int, lse: Tensor, entropy: Tensor, grads: tuple[Tensor, Tensor | None],
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """The formula of `_TokenLogprobs`, for some rows of a slice. It reuses the memory of the logits where it can."""
     grad_logp, grad_entropy = grads
     logp = scale_logits(logits, temperature).sub_(lse[:, None])
     if grad_entropy is None:
@@ -160,6 +181,7 @@ def _logit_gradient(logits, targets, lo, lse, entropy, grads, temperature) -> Te
 
 
 def _find_targets(targets: Tensor, lo: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in the slice [M], and their column in it [M, 1] (0 for the others); no wait for the device."""
+    """Whether each target is in the slice [M], and its column there [M, 1] (0 for the others). It does not wait for the
+    device."""
     inside = (targets >= lo) & (targets < lo + width)
     return inside, torch.where(inside, targets - lo, 0)[:, None]

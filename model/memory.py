@@ -19,31 +19,58 @@ from model.qwen2_config import Qwen2Config
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_droppable: list[Callable[[], bool]] = []
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def rows_that_fit(config: Qwen2Config, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def rows_that_fit(config: Qwen2Config, tokens: int, dtype: torch.dtype, device: torch.device, reusable: int = 0) -> int:
     """Number of rows of `tokens` tokens whose keys and values fill half of a GPU's free memory, or a quarter of a
-    computer's memory. At least 1."""
+    computer's memory. At least 1.
+
+    reusable: bytes of a GPU that are in use and count as free.
+    """
     c = config
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize * tokens
     on_gpu = device.type == "cuda"
-    memory = torch.cuda.mem_get_info(device)[0] // 2 if on_gpu else psutil.virtual_memory().total // 4
+    memory = (torch.cuda.mem_get_info(device)[0] + reusable) // 2 if on_gpu else host_memory() // 4
     return max(1, memory // row)
 
 
+def host_memory() -> int:
+    """Bytes of the computer's memory."""
+    return psutil.virtual_memory().total
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free or in use by this process; other processes have the rest."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def drop_first(drop: Callable[[], bool]) -> None:
+    """Register a function that frees memory which is kept for speed only. It returns True if there was any."""
+    _droppable.append(drop)
+
+
 def halve_when_out_of_memory(work: Callable[[int], T], size: int) -> T:
-    """work(size); where memory runs out, from the start with half the size, down to 1. `work` must not depend on it."""
+    """work(size). If memory runs out, again from the start: first without the memory that is kept for speed, then with
+    half the size, down to 1. The result of `work` must not depend on the size."""
     while True:
         try:
             return work(size)
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            dropped = sum(drop() for drop in _droppable)
+            if not dropped and size == 1:
+                raise
+        # Outside the except clause: the error's traceback holds on to tensors.
+        if dropped:
+            logger.warning("out of memory; again without the recorded decode steps of earlier rollouts")
+        else:
             size //= 2
             logger.warning("out of memory; again with pieces of at most %d", size)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # outside the except clause: the error's traceback holds on to tensors
+            torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,9 @@ Shape letters: N flat tokens, B batch, T queries, S keys, H heads, K head size.
 
 from __future__ import annotations
 
+import os
+import platform
+
 import torch
 from torch import Tensor, _fused_adamw_
 
@@ -83,5 +86,15 @@ def linear_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def has_bf16_products() -> bool:
-    """True if oneDNN is there and the CPU has instructions for bf16 products (AVX-512 BF16, AMX)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """True if oneDNN is there and the CPU has instructions for bf16 products (AVX-512 BF16, AMX, Arm's BF16).
+
+    oneDNN itself also says yes for AVX-512 without them. There it converts to fp32 and back, and a product takes four
+    times as long as in fp32. ONEDNN_MAX_CPU_ISA hides instructions from oneDNN.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # on Arm, oneDNN looks for the instructions
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    hidden = cap.startswith(("SSE", "AVX2")) or cap in ("AVX", "AVX512_CORE", "AVX512_CORE_VNNI")
+    return not hidden and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from model.lora import add_lora, lora_layers
 from model.memory import halve_when_out_of_memory
-from optimizer import STATE_NAMES, MemoryEfficientAdamW
+from optimizer import STATE_NAMES, MemoryEfficientAdamW, gradient_norm
 from parallel.distributed import (
     in_lockstep,
     is_main,
@@ -179,8 +179,7 @@ def gradients_of_all_ranks(
             optimizer.take_gradients()  # FSDP has summed them
         else:
             sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = gradient_norm(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     if isinstance(optimizer, ShardedAdamW):  # each rank has a slice
         square = norm.double().square()
         dist.all_reduce(square)

@@ -1,25 +1,27 @@
-"""The decode loop: seat prompts, step, look which answers have ended, seat the next ones. With or without CUDA graphs.
+"""The decode loop: fill free rows with waiting prompts, decode, remove finished rows. With or without CUDA graphs.
 
-    answers = decode(model, prompt_ids, uniforms, params, tokenizer, rows=512)
+    responses = decode(model, prompt_ids, uniforms, params, tokenizer, rows=512)
 
-One step is forward, logits and sampling, all of it on tensors that stay where they are: which answer a row is writing,
-its last token, its length, the table of uniforms, the tables of results. A row whose answer ends points at a spare line
-of the tables from then on and is idle, so the host need not look at every token; it looks every CHECK_EVERY tokens
-(every token on a CPU, where a look costs nothing), lets the living rows move together, and gives free rows to prompts
-that wait. So memory is bounded by `rows`, however many prompts there are, and the batch stays full.
+One step is forward, logits and sampling. All its tensors stay where they are: the response that each row writes, its
+last token and its length, the table of uniform numbers, and the tables of results. A row whose response is finished
+points to the spare line of the tables. It may go on decoding, and its results are never read. So the host need not
+check every token. It checks every CHECK_EVERY tokens (every token on a CPU, which has nothing to wait for). Then the
+running rows move together, and free rows take waiting prompts. Memory is bounded by `rows`, whatever the number of
+prompts.
 
-On a GPU a step of the 0.5B model is some 1,500 kernels that each take less time than their launch. There the step is
-recorded as a CUDA graph, a few shapes of it (`Recorder`), and replayed. Why not torch.compile(mode="reduce-overhead")?
-It would fuse kernels besides, but it compiles for minutes, holds on to memory of its own between rollouts, and what it
-replays is not the code on this page; the step traces without a break, so `torch.compile` may still be laid around it.
+On a GPU, a step of the 0.5B model is some 1,500 kernels, each of which takes less time than its launch. So the step is
+recorded as a CUDA graph in a few shapes (`Recorder`), and replayed. torch.compile(mode="reduce-overhead") would fuse
+kernels besides. It is not used here because it compiles for minutes, keeps memory of its own between rollouts, and runs
+code that is not on this page. The step traces without a break, so `torch.compile` may be laid around it.
 
-Shape letters: N rows in use, A answers, V vocabulary, D hidden.
+Shape letters: N rows in use, A responses, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,22 +29,23 @@ from torch import Tensor
 
 from model.attention import PrefillAttention
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.decode_graph import Capture, Recorder
+from rollout.decode_graph import Capture, Recorder, addresses, shelf
 from rollout.group_cache import GroupCache, take
-from rollout.sampling import SamplingParams, sample
+from rollout.sampling import SamplingParams, sample, wide_dtype
 from tokenizer import Tokenizer
 
-CHECK_EVERY = 16  # tokens between two looks at which rows have ended, where a look waits for the device
+CHECK_EVERY = 16  # tokens between two checks for finished rows, if a check waits for the device
 PREFILL_TOKENS = 16384  # of prompts in one forward pass
 REFILL = 1 / 8  # of the rows must be free before waiting prompts are prefilled
-COMPACT = 0.85  # of the rows, or fewer, must be alive before they move together: a copy of their keys and values
-WIDTH = 8  # most rows that share a prompt's keys in a recorded step; a group with a living row is decoded whole
+COMPACT = 0.85  # rows move together if at most this share of them is running: it copies their keys and values
+WIDTH = 8  # most rows that share a prompt's keys in a recorded step; a group with a running row is decoded whole
 SHORTEST_REACH = 128  # own tokens that the first recorded step reads; then twice as many, ...
+PROMPT_STEP = 64  # room for prompts in recorded steps is a multiple of this, so that the next prompts fit, too
 
 
-class Answers(NamedTuple):
-    """Tables with a line for each answer, on the CPU: ids and log-probabilities [A, max_new_tokens], of which the first
-    `lengths` [A] are the answer; `stopped` [A]: by a stop id or string, not by the cap."""
+class Responses(NamedTuple):
+    """Tables on the CPU with a line for each response: ids and log-probabilities [A, max_new_tokens], of which the
+    first `lengths` [A] are the response; `stopped` [A]: by a stop id or string, not by the cap."""
 
     sampled: Tensor
     logprobs: Tensor
@@ -53,63 +56,128 @@ class Answers(NamedTuple):
 def decode(
     model: Qwen2ForCausalLM, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
     tokenizer: Tokenizer, rows: int, capture: Capture | None = None,
-) -> Answers:  # fmt: skip
-    """Answer i * params.n + j is the j-th to prompt i and is drawn by `uniforms[i * params.n + j]`.
+) -> Responses:  # fmt: skip
+    """Response i * params.n + j is the j-th to prompt i and is drawn by `uniforms[i * params.n + j]`.
 
-    At most `rows` rows decode at a time, or `params.n` where that is more. `capture` records steps; None runs each.
+    At most `rows` rows decode at a time, or `params.n` if that is more. `capture` records steps; None runs each.
     """
-    decoder = Decoder(model, prompts, uniforms, params, tokenizer, rows, capture)
-    return decoder.run()
+    if capture is None:
+        return Decoder(model, prompts, uniforms, params, tokenizer, rows, None).run()
+    key = Decoder.key(model, prompts, params, tokenizer, rows)
+    decoder = shelf.take(model, key)
+    if isinstance(decoder, Decoder):
+        decoder.begin_again(prompts, uniforms)
+    else:
+        decoder = Decoder(model, prompts, uniforms, params, tokenizer, rows, capture)
+    responses = decoder.run()
+    shelf.put(model, key, decoder, device_memory=torch.cuda.mem_get_info(model.device)[1])
+    return responses
+
+
+class _Shape(NamedTuple):
+    """Sizes of a decoder: they and the weights' addresses are all that a recorded step depends on."""
+
+    responses: int
+    rows: int  # most at a time
+    groups: int
+    width: int | None  # rows of a group in a recorded step; None: groups of any size
+    pieces: int  # groups of one prompt
+    prompt_size: int
+    room: int  # tokens of a response that are read again: all but the last
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], params: SamplingParams, rows: int, recorded: bool) -> _Shape:
+        total, size, room = len(prompts) * params.n, max(map(len, prompts)), max(params.max_new_tokens - 1, 1)
+        if not recorded:
+            most = min(max(rows, params.n), total)
+            return cls(total, most, most, None, 1, size, room)
+        width = -(-params.n // -(-params.n // WIDTH))  # equal pieces of a prompt's rows
+        pieces = -(-params.n // width)
+        groups = min(max(rows // width, pieces), len(prompts) * pieces)
+        return cls(total, groups * width, groups, width, pieces, -(-size // PROMPT_STEP) * PROMPT_STEP, room)
 
 
 class Decoder:
-    """The state of a rollout, and what happens to it."""
+    """The state of a rollout, and the work on it."""
 
     def __init__(
         self, model: Qwen2ForCausalLM, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
         tokenizer: Tokenizer, rows: int, capture: Capture | None,
     ):  # fmt: skip
-        self.model, self.prompts, self.params, self.tokenizer = model, prompts, params, tokenizer
-        device, total, cap = model.device, len(prompts) * params.n, params.max_new_tokens
-        self.idle = total  # the spare line of the tables
-        self.uniforms = torch.cat([uniforms, uniforms.new_zeros(1, cap)]).to(device, _wide(device))
-        self.sampled = torch.zeros(total + 1, cap, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(total + 1, cap, device=device)
-        self.lengths = torch.zeros(total + 1, dtype=torch.long, device=device)
-        self.stopped = torch.zeros(total + 1, dtype=torch.bool, device=device)
+        self._model = weakref.ref(model)  # a decoder that is kept must not keep the weights
+        self.params, self.tokenizer = params, tokenizer
+        self.shape = shape = _Shape.of(prompts, params, rows, capture is not None)
+        device, lines, cap = model.device, shape.responses + 1, params.max_new_tokens
+        self.spare = shape.responses  # the line of the tables that finished rows write to
+        self.uniforms = torch.zeros(lines, cap, dtype=wide_dtype(device), device=device)
+        self.sampled = torch.zeros(lines, cap, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(lines, cap, device=device)
+        self.lengths = torch.zeros(lines, dtype=torch.long, device=device)
+        self.stopped = torch.zeros(lines, dtype=torch.bool, device=device)
         stop_ids = () if params.ignore_eos else tokenizer.eos_token_ids
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
-
-        width = None if capture is None else -(-params.n // -(-params.n // WIDTH))  # equal pieces of a prompt's rows
-        self.pieces = 1 if width is None else -(-params.n // width)
-        self.rows = self.groups = min(max(rows, params.n), total)  # the most at a time
-        if width is not None:
-            self.groups = min(max(rows // width, self.pieces), len(prompts) * self.pieces)
-            self.rows = self.groups * width
-        size = max(map(len, prompts))
-        room = max(cap - 1, 1)
-        self.cache = GroupCache(model.config, self.rows, self.groups, size, room, width, model.dtype, device)
-        self.answer = torch.full((self.rows,), self.idle, device=device)  # that each row is writing
-        self.token = torch.zeros(self.rows, dtype=torch.long, device=device)  # the last one of each row
-
-        self.waiting = list(range(len(prompts)))
-        self.seated: list[int] = []  # answers as they were seated; some may have ended since
-        self.prompt_of_group: list[int] = []  # -1: none
-        self.born: list[int] = []  # the number of steps before each row's first one
-        self.births: list[int] = []  # the same, of the rows that were alive at the last look
-        self.steps, self.checked = 0, [0] * total
+        self.cache = GroupCache(
+            model.config, shape.rows, shape.groups, shape.prompt_size, shape.room, shape.width, model.dtype, device
+        )
+        self.response = torch.full((shape.rows,), self.spare, device=device)  # that each row writes
+        self.token = torch.zeros(shape.rows, dtype=torch.long, device=device)  # the last one of each row
         self.recorder = None if capture is None else Recorder(self.step, capture)
         self.check_every = 1 if capture is None and device.type == "cpu" else CHECK_EVERY
+        self.vocab_rows = shape.rows * model.config.vocab_size
+        self.begin(prompts, uniforms)
+
+    @staticmethod
+    def key(
+        model: Qwen2ForCausalLM, prompts: Sequence[list[int]], params: SamplingParams, tokenizer: Tokenizer, rows: int
+    ) -> Hashable:
+        """Two recorded rollouts with equal keys can use the same decoder."""
+        vocabulary = (tokenizer.vocab_size, tuple(tokenizer.eos_token_ids))
+        return _Shape.of(prompts, params, rows, True), params, vocabulary, addresses(model)
+
+    def begin(self, prompts: Sequence[list[int]], uniforms: Tensor) -> None:
+        """Start a rollout with empty tables and an empty cache."""
+        self.prompts = prompts
+        self.uniforms[: self.spare].copy_(uniforms)
+        self.waiting = list(range(len(prompts)))
+        self.placed: list[int] = []  # the response of each row when it was placed; it may be finished since
+        self.prompt_of_group: list[int] = []  # -1: none
+        self.start_step: list[int] = []  # value of `steps` when the row started
+        self.running_since: list[int] = []  # `start_step` of the rows that were running at the last check
+        self.steps, self.checked = 0, [0] * self.spare
+
+    def begin_again(self, prompts: Sequence[list[int]], uniforms: Tensor) -> None:
+        """Start another rollout on the same tensors: recorded steps point to them."""
+        for table in (self.sampled, self.logprobs, self.lengths, self.stopped):
+            table.zero_()
+        self.response.fill_(self.spare)
+        self.cache.clear()
+        self.begin(prompts, uniforms)
+
+    @property
+    def model(self) -> Qwen2ForCausalLM:
+        model = self._model()
+        assert model is not None, "the caller of decode() holds the model"
+        return model
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device: cache, tables, and about three fp32 numbers for each logit in the recordings' pool."""
+        tables = (self.uniforms, self.sampled, self.logprobs, self.lengths, self.stopped)
+        return self.cache.nbytes + sum(table.nbytes for table in tables) + 3 * 4 * self.vocab_rows
+
+    def close(self) -> None:
+        self.recorder = None
+        del self.cache
 
     @torch.inference_mode()
-    def run(self) -> Answers:
-        while self.seat(self.look()):
+    def run(self) -> Responses:
+        while self.refill(self.running_rows()):
             self.advance()
         tables = (self.sampled, self.logprobs, self.lengths, self.stopped)
-        return Answers(*(table[: self.idle].cpu() for table in tables))
+        return Responses(*(table[: self.spare].cpu() for table in tables))
 
     # -----------------------------------------------------------------------------------------------------------------
-    # On the device: no waiting, no new shapes, no number of Python's that changes from step to step
+    # On the device: no waiting, no new shapes, no Python number that changes from step to step
 
     def step(self) -> None:
         """One more token for every row in use."""
@@ -120,25 +188,30 @@ class Decoder:
         self.draw(rows, hidden)
 
     def draw(self, rows: slice | Tensor, hidden: Tensor) -> None:
-        """Draw the next token of some rows from their hidden states [N, D], and write it down."""
-        answer, t = self.answer[rows], self.cache.lengths[rows]
-        u = self.uniforms[answer, t]
+        """Draw the next token of some rows from their hidden states [N, D], and write it to the tables."""
+        response, t = self.response[rows], self.cache.lengths[rows]
+        # Finished rows all read and write the spare line. Which of them writes last does not matter.
+        u = self.uniforms[response, t]
         token, logprob = sample(self.model.logits(hidden), u, self.params, self.tokenizer.vocab_size)
-        self.token[rows], self.sampled[answer, t], self.logprobs[answer, t] = token, token, logprob
+        self.token[rows], self.sampled[response, t], self.logprobs[response, t] = token, token, logprob
         at_stop = (token[:, None] == self.stop_ids).any(dim=-1)
-        self.stopped[answer], self.lengths[answer] = at_stop, t + 1
-        ended = at_stop | (t + 1 == self.params.max_new_tokens) | logprob.isnan()
-        answer = answer.masked_fill(ended, self.idle)
-        self.answer[rows], self.cache.lengths[rows] = answer, t.masked_fill(answer == self.idle, 0)
+        self.stopped[response], self.lengths[response] = at_stop, t + 1
+        # NaN ends a response, too: it would spread to every later token.
+        finished = at_stop | (t + 1 == self.params.max_new_tokens) | logprob.isnan()
+        response = response.masked_fill(finished, self.spare)
+        self.response[rows] = response
+        # A finished row starts again at length 0, so that it never grows beyond its room in the cache.
+        self.cache.lengths[rows] = t.masked_fill(response == self.spare, 0)
 
     # -----------------------------------------------------------------------------------------------------------------
     # On the host
 
     def advance(self) -> None:
-        """Steps until the next look, none of them beyond the cap."""
-        oldest, youngest, cap = min(self.births), max(self.births), self.params.max_new_tokens
+        """Steps until the next check, none of them beyond the cap."""
+        oldest, youngest, cap = min(self.running_since), max(self.running_since), self.params.max_new_tokens
         for _ in range(min(self.check_every, cap - 1 - (self.steps - youngest))):
-            tokens = min(self.steps - oldest + 1, self.cache.k.shape[3])  # of the oldest row, with the one it brings
+            # Own tokens of the oldest row, with the one that it brings. Rows that finish on the way need fewer.
+            tokens = min(self.steps - oldest + 1, self.cache.k.shape[3])
             self.steps += 1
             if self.recorder is not None:
                 self.cache.reach = _reach(tokens, self.cache.k.shape[3])
@@ -147,102 +220,103 @@ class Decoder:
                 self.cache.reach, self.cache.lockstep = tokens, oldest == youngest
                 self.step()
 
-    def look(self) -> list[int]:
-        """The rows that are alive. The one place that waits for the device."""
-        if self.params.stop and self.seated:
+    def running_rows(self) -> list[int]:
+        """The rows whose response is not finished. The one place that waits for the device."""
+        if self.params.stop and self.placed:
             self._end_at_strings()
-        answers = self.answer[: len(self.seated)].tolist()
-        alive = [row for row, answer in enumerate(answers) if answer != self.idle]
-        self.births = [self.born[row] for row in alive]
-        return alive
+        responses = self.response[: len(self.placed)].tolist()
+        running = [row for row, response in enumerate(responses) if response != self.spare]
+        self.running_since = [self.start_step[row] for row in running]
+        return running
 
-    def seat(self, alive: list[int]) -> bool:
-        """Let waiting prompts in, or the living rows move together, where it is worth it. False: all is done."""
-        if self.cache.width is None:
-            taken, room, per_prompt = len(alive), self.rows, self.params.n
-            sparse = len(alive) <= COMPACT * self.cache.n_rows
+    def refill(self, running: list[int]) -> bool:
+        """Give free rows to waiting prompts, or move the running rows together, if it is worth its time.
+
+        False: every response is finished.
+        """
+        if self.shape.width is None:
+            taken, room, per_prompt = len(running), self.shape.rows, self.params.n
+            sparse = len(running) <= COMPACT * self.cache.n_rows
         else:
-            taken, room, per_prompt = len(self._groups([self.seated[row] for row in alive])), self.groups, self.pieces
+            taken = len(self._groups([self.placed[row] for row in running]))
+            room, per_prompt = self.shape.groups, self.shape.pieces
             sparse = self._size(taken) < self.cache.n_groups
         fit = min((room - taken) // per_prompt, len(self.waiting))
-        if fit and (fit == len(self.waiting) or fit * per_prompt >= REFILL * room or not alive):
+        if fit and (fit == len(self.waiting) or fit * per_prompt >= REFILL * room or not running):
             entering, self.waiting = self.waiting[:fit], self.waiting[fit:]
-            self.arrange(alive, entering)
-            self.admit(entering)
-        elif alive and sparse:
-            self.arrange(alive, [])
-        return bool(alive or fit)
+            self.arrange(running, entering)
+            self.prefill(entering)
+        elif running and sparse:
+            self.arrange(running, [])
+        return bool(running or fit)
 
     def _size(self, groups: int) -> int:
-        """Recorded steps have all groups, half of them, a quarter, ... 1: the least that holds so many."""
-        size = self.groups
+        """Recorded steps have all groups, half of them, a quarter, ... 1: the least number that holds `groups`."""
+        size = self.shape.groups
         while size // 2 >= groups and size > 1:
             size //= 2
         return size
 
-    def _groups(self, answers: list[int]) -> list[list[int]]:
-        """Answers of one prompt, together; in a recorded step pieces of `width`, filled up with idle rows."""
-        width, groups = self.cache.width, []
-        for _, members in itertools.groupby(answers, key=lambda answer: answer // self.params.n):
-            members = list(members)
+    def _groups(self, responses: list[int]) -> list[list[int]]:
+        """The responses of each prompt together. In a recorded step they are cut into pieces of `width`, and the last
+        piece is filled up with finished rows."""
+        width, groups = self.shape.width, []
+        for _, same_prompt in itertools.groupby(responses, key=lambda response: response // self.params.n):
+            members = list(same_prompt)
             size = width or len(members)
             pieces = [members[i : i + size] for i in range(0, len(members), size)]
-            groups += [piece + [self.idle] * (size - len(piece)) for piece in pieces]
+            groups += [piece + [self.spare] * (size - len(piece)) for piece in pieces]
         return groups
 
-    def arrange(self, alive: list[int], entering: list[int]) -> None:
-        """Move the living rows to the front, behind them rows for the prompts that enter."""
+    def arrange(self, running: list[int], entering: list[int]) -> None:
+        """Move the running rows to the front, and place the responses of entering prompts behind them."""
         n = self.params.n
-        answers = [self.seated[row] for row in alive] + [p * n + i for p in entering for i in range(n)]
-        groups = self._groups(answers)
-        if self.cache.width is not None:
-            groups += [[self.idle] * self.cache.width] * (self._size(len(groups)) - len(groups))
-        row_of = {self.seated[row]: row for row in alive}
+        responses = [self.placed[row] for row in running] + [p * n + i for p in entering for i in range(n)]
+        groups = self._groups(responses)
+        if self.shape.width is not None:
+            groups += [[self.spare] * self.shape.width] * (self._size(len(groups)) - len(groups))
+        row_of = {self.placed[row]: row for row in running}
         group_of = {prompt: group for group, prompt in enumerate(self.prompt_of_group) if prompt >= 0}
-        self.prompt_of_group = [members[0] // n if members[0] != self.idle else -1 for members in groups]
-        self.seated = [answer for members in groups for answer in members]
-        source = [row_of.get(answer, -1) for answer in self.seated]
-        self.born = [self.steps if row < 0 else self.born[row] for row in source]
-        self.births = [born for born, answer in zip(self.born, self.seated) if answer != self.idle]
+        self.prompt_of_group = [members[0] // n if members[0] != self.spare else -1 for members in groups]
+        self.placed = [response for members in groups for response in members]
+        source = [row_of.get(response, -1) for response in self.placed]
+        self.start_step = [self.steps if row < 0 else self.start_step[row] for row in source]
+        self.running_since = [s for s, response in zip(self.start_step, self.placed) if response != self.spare]
         self.cache.arrange(
             source,
             [group for group, members in enumerate(groups) for _ in members],
             [group_of.get(prompt, -1) for prompt in self.prompt_of_group],
         )
         self.token[: len(source)] = take(self.token, source, empty=0)
-        self.answer[: len(source)] = torch.tensor(self.seated, device=self.answer.device)
+        self.response[: len(source)] = torch.tensor(self.placed, device=self.response.device)
 
-    def admit(self, entering: list[int]) -> None:
-        """Prefill prompts that have just been seated and draw the first token of each of their rows."""
+    def prefill(self, entering: list[int]) -> None:
+        """Run prompts that have just been placed, and draw the first token of each of their rows."""
         for piece in _pieces(entering, [len(self.prompts[p]) for p in entering], PREFILL_TOKENS):
-            hidden, prefill = prefill_prompts(self.model, [self.prompts[p] for p in piece])
+            hidden, keys_and_values = prefill_prompts(self.model, [self.prompts[p] for p in piece])
             number = {prompt: i for i, prompt in enumerate(piece)}
             groups = [g for g, prompt in enumerate(self.prompt_of_group) if prompt in number]
-            self.cache.fill(groups, prefill, [number[self.prompt_of_group[g]] for g in groups])
-            rows = [row for row, a in enumerate(self.seated) if a != self.idle and a // self.params.n in number]
-            last = [number[self.seated[row] // self.params.n] for row in rows]
-            self.draw(torch.tensor(rows, device=hidden.device), hidden[last])
+            self.cache.fill(groups, keys_and_values, [number[self.prompt_of_group[g]] for g in groups])
+            rows = [row for row, r in enumerate(self.placed) if r != self.spare and r // self.params.n in number]
+            last = [number[self.placed[row] // self.params.n] for row in rows]
+            self.draw(torch.tensor(rows, device=hidden.device), hidden[torch.tensor(last, device=hidden.device)])
 
     def _end_at_strings(self) -> None:
-        """Cut answers at the first stop string that was completed since the last look."""
-        rows = [row for row, answer in enumerate(self.seated) if answer != self.idle]
-        answers = torch.tensor([self.seated[row] for row in rows], device=self.answer.device)
-        tail = stop_tail(self.params.stop)
-        size = min(tail + self.check_every, self.params.max_new_tokens)
-        lengths = self.lengths[answers]
+        """Cut responses at the first stop string that was completed since the last check."""
+        rows = [row for row, response in enumerate(self.placed) if response != self.spare]
+        responses = torch.tensor([self.placed[row] for row in rows], device=self.response.device)
+        # A stop string that ends in an unseen token may begin `tail` tokens before it.
+        size = min(stop_tail(self.params.stop) + self.check_every, self.params.max_new_tokens)
+        lengths = self.lengths[responses]
         at = (lengths[:, None] - size + torch.arange(size, device=lengths.device)).clamp(min=0)
-        recent = self.sampled[answers[:, None], at].tolist()
-        for row, answer, length, ids in zip(rows, answers.tolist(), lengths.tolist(), recent):
-            unseen, self.checked[answer] = length - self.checked[answer], length
+        recent = self.sampled[responses[:, None], at].tolist()
+        for row, response, length, ids in zip(rows, responses.tolist(), lengths.tolist(), recent):
+            unseen, self.checked[response] = length - self.checked[response], length
             ids = ids[max(size - length, 0) :]
             end = stop_string_end(ids, unseen, self.params.stop, self.tokenizer)
             if end is not None:
-                self.lengths[answer], self.stopped[answer] = length - len(ids) + end, True
-                self.answer[row], self.cache.lengths[row] = self.idle, 0
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+                self.lengths[response], self.stopped[response] = length - len(ids) + end, True
+                self.response[row], self.cache.lengths[row] = self.spare, 0
 
 
 def _reach(tokens: int, most: int) -> int:
@@ -254,8 +328,9 @@ def _reach(tokens: int, most: int) -> int:
 
 
 def _pieces(items: list[int], sizes: list[int], most: int) -> list[list[int]]:
-    """Consecutive items whose sizes add up to at most `most`, or one that is larger by itself."""
-    pieces, total = [], 0
+    """Consecutive items whose sizes add up to at most `most`, or one item that is larger by itself."""
+    pieces: list[list[int]] = []
+    total = 0
     for item, size in zip(items, sizes):
         if not pieces or total + size > most:
             pieces.append([])
@@ -275,12 +350,12 @@ def prefill_prompts(model: Qwen2ForCausalLM, ids: list[list[int]]) -> tuple[Tens
 
 
 def stop_tail(stop: tuple[str, ...]) -> int:
-    """Tokens in which any stop string lies: a token is at least a byte."""
+    """Most tokens of a stop string: a token is at least a byte. One more, for a token that it begins inside of."""
     return max(len(s.encode()) for s in stop) + 1
 
 
 def stop_string_end(ids: list[int], unseen: int, stop: tuple[str, ...], tokenizer: Tokenizer) -> int | None:
-    """How many of `ids` there are up to where the first stop string is completed by one of the last `unseen`."""
+    """Number of `ids` up to the first stop string that one of the last `unseen` completes. None: there is none."""
     tail = stop_tail(stop)
     for end in range(len(ids) - unseen + 1, len(ids) + 1):
         text = tokenizer.decode(ids[max(0, end - tail) : end], skip_special_tokens=False)

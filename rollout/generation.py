@@ -24,8 +24,8 @@ from data_types import Completion, FinishReason
 from model.linear import packed_weights
 from model.memory import halve_when_out_of_memory, rows_that_fit
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.decode_graph import cuda_capture
-from rollout.decoding import Answers, decode
+from rollout.decode_graph import cuda_capture, shelf
+from rollout.decoding import Responses, decode
 from rollout.sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -66,20 +66,20 @@ def generate(
     if not ids:
         return []
 
-    def all_answers(rows: int) -> Answers:
+    def all_responses(rows: int) -> Responses:
         with packed_weights(model, min(rows, len(uniforms))):
             return decode(model, ids, uniforms, params, tokenizer, rows, cuda_capture() if graphs else None)
 
     was_training = model.training
     model.eval()
-    rows = min(
-        max_rows, rows_that_fit(model.config, max(map(len, ids)) + params.max_new_tokens, model.dtype, model.device)
-    )
+    tokens = max(map(len, ids)) + params.max_new_tokens
+    fitting = rows_that_fit(model.config, tokens, model.dtype, model.device, reusable=shelf.nbytes(model))
+    rows = min(max_rows, fitting)
     try:
-        answers = halve_when_out_of_memory(all_answers, rows)
+        responses = halve_when_out_of_memory(all_responses, rows)
     finally:
         model.train(was_training)
-    return _completions(ids, answers, params, tokenizer, only, must_be_finite)
+    return _completions(ids, responses, params, tokenizer, only, must_be_finite)
 
 
 def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
@@ -111,12 +111,12 @@ def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int, onl
 
 
 def _completions(
-    ids: list[list[int]], answers: Answers, params: SamplingParams, tokenizer: Tokenizer, only: range,
+    ids: list[list[int]], responses: Responses, params: SamplingParams, tokenizer: Tokenizer, only: range,
     must_be_finite: bool,
 ) -> list[Completion]:  # fmt: skip
     completions = []
-    for row, (length, stopped) in enumerate(zip(answers.lengths.tolist(), answers.stopped.tolist())):
-        response, logprobs = answers.sampled[row, :length].tolist(), answers.logprobs[row, :length]
+    for row, (length, stopped) in enumerate(zip(responses.lengths.tolist(), responses.stopped.tolist())):
+        response, logprobs = responses.sampled[row, :length].tolist(), responses.logprobs[row, :length]
         prompt = row // params.n
         broken = bool(logprobs.isnan().any())
         first = int(logprobs.isnan().int().argmax())

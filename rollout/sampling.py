@@ -103,9 +103,14 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     return (block * size + position).clamp(max=V - 1)
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The type of the random numbers and of cumulative sums: fp64, but fp32 on MPS, which has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _search(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse CDF by cumulative sum: (index, position of u inside the chosen element, in [0, 1))."""
-    wide = torch.float32 if weights.device.type == "mps" else torch.float64
+    wide = wide_dtype(weights.device)
     cumulative = weights.to(wide).cumsum(dim=-1)
     total = cumulative[:, -1:]
     target = torch.minimum(u[:, None].to(wide) * total, torch.nextafter(total, torch.zeros_like(total)))

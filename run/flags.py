@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import logging
 import re
 import reprlib  # a bounded repr: a few lines of YAML aliases can expand to a list of 10^10 items
 import sys
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+logger = logging.getLogger(__name__)
 REMOVED = {"shared_prefix"}  # options of older versions. A config.yaml of an old run may have them; they are ignored
+RENAMED = {"cpu_optimizer": ("optimizer_state", {True: "host", False: "device"})}  # read from files, with a warning
 
 
 class _Capture(io.StringIO):
@@ -112,10 +115,21 @@ def yaml_flags(path: str | Path, schema: type) -> list[str]:
         name = str(key).replace("-", "_")
         if name in REMOVED:
             continue
+        if name in RENAMED:
+            name, value = _renamed(path, name, value)
         if name not in hints:
             raise ValueError(f"{path}: {_unknown(str(key), list(hints))}")
         flags += _as_flag(f"{path}: {name}", flag_name(name), value, hints[name])
     return flags
+
+
+def _renamed(path: Path, old: str, value: Any) -> tuple[str, Any]:
+    """Name and value of an option today. The file of an old run has the old one, and the run can still be resumed."""
+    name, values = RENAMED[old]
+    if not isinstance(value, bool):
+        raise ValueError(f"{path}: {old} is now {name}: expected one of {', '.join(values.values())}")
+    logger.warning("%s: %s is now %s; %s is read as %s", path, old, name, str(value).lower(), values[value])
+    return name, values[value]
 
 
 def _as_flag(where: str, flag: str, value: Any, hint: Any) -> list[str]:
@@ -176,6 +190,10 @@ def _unknown(word: str, known: list[str]) -> str:
     if known[0].startswith("--") and not word.startswith("--"):
         return f"unexpected argument {word!r}"
     word = word.partition("=")[0]
+    old = word.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if old in RENAMED:
+        name, values = RENAMED[old]
+        return f"{word} is now {flag_name(name)}, with one of {', '.join(values.values())}"
     return f"unknown option {word}, the nearest known one is {closest(word, known)}; --help lists all"
 
 

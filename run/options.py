@@ -66,8 +66,9 @@ class RunOptions:
     """Seed of problems, sampling and initialization."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device of the model. auto: the GPU if there is one."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the weights on the device. auto: fp32 for tiny models, bf16 for the others."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the weights. auto: fp32 for tiny models, else bf16 if the device computes in it, else fp16 on a GPU and
+    fp32 on a CPU."""
     resume: str | None = None
     """Continue a run: its folder, one of its checkpoints, or `latest` (also for --resume without a value). `auto`
     continues the run in --run-dir, and starts a new one if there is no checkpoint."""
@@ -334,8 +335,9 @@ class OptimizerOptions:
     """AdamW: decoupled weight decay."""
     amsgrad: bool = False
     """AdamW: divide by the largest second moment so far."""
-    cpu_optimizer: bool = True
-    """Keep fp32 masters and moments on the CPU. Off: plain AdamW on the device."""
+    optimizer_state: Literal["auto", "host", "device"] = "auto"
+    """Place of the fp32 masters and moments. auto: the device if they fit beside the largest step, else the memory of
+    the host."""
 
     def conflicts(self) -> Conflicts:
         return [

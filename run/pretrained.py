@@ -11,12 +11,13 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from model.qwen2_config import Qwen2Config
 from qwen2_llm import Qwen2ForCausalLM
 from run.config import Config
+from run.device import check_dtype, choose_device, choose_dtype
 from tasks.messages import closest, first_line, home_path
 from tokenizer import Tokenizer
 
@@ -33,6 +34,11 @@ def locate_pretrained(name: str) -> Path:
     Raises FileNotFoundError with the places that were searched and the way to get the checkpoint. A name that can only
     be a path is never asked of the network.
     """
+    return _local_folder(name) or _fetch(name)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of that name on this machine, or None. Raises FileNotFoundError if the name can only be a path."""
     if not name or "\0" in name:
         raise FileNotFoundError(f"--ckpt {name!r} is no name: expected a folder or a repo id like Qwen/Qwen2.5-0.5B")
     path = home_path(name)
@@ -47,7 +53,11 @@ def locate_pretrained(name: str) -> Path:
         raise FileNotFoundError(f"--ckpt {name} is a file; expected the folder that holds it: --ckpt {path.parent}")
     if not REPO.fullmatch(name) or _is_path_of_ones_own(name):
         raise FileNotFoundError(f"--ckpt {_cut(name)}: there is no such folder{_looked_in(path)}{_neighbours(path)}")
-    return _fetch(name)
+    return None
+
+
+def _repo_id(name: str) -> str:
+    return name if "/" in name else f"{DEFAULT_OWNER}/{name}"
 
 
 def load_pretrained(
@@ -65,21 +75,32 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load_policy(config: Config, folder: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
-    """Model and tokenizer of `folder`, on the device and in the dtype that the config asks for."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
-    if dtype is None:
-        sizes = Qwen2Config.from_pretrained(folder)
-        dtype = torch.float32 if sizes.num_hidden_layers * sizes.hidden_size**2 < 1e6 else torch.bfloat16
+def peek_sizes(name: str) -> Qwen2Config | None:
+    """The architecture of a checkpoint, without its weights. None if there is none to read; `locate_pretrained` then
+    says why."""
+    try:
+        if folder := _local_folder(name):
+            return Qwen2Config.from_pretrained(folder)
+        return Qwen2Config.from_pretrained(Path(hf_hub_download(_repo_id(name), "config.json")).parent)
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+def load_policy(config: Config, name: str | Path) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """Model and tokenizer of a checkpoint, on the device and in the dtype of the config.
+
+    Raises ValueError, before a download, if the machine has no such device or does not compute in that dtype.
+    """
+    device = choose_device(config.device)
+    check_dtype(config.dtype, device)
+    folder = locate_pretrained(str(name))
+    dtype, _ = choose_dtype(config.dtype, device, Qwen2Config.from_pretrained(folder))
     return load_pretrained(folder, dtype, device)
 
 
 def _fetch(name: str) -> Path:
     """The snapshot of a repo, from the network or the Hub's cache."""
-    repo = name if "/" in name else f"{DEFAULT_OWNER}/{name}"
+    repo = _repo_id(name)
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -110,7 +110,7 @@ RULES = {
     "eps": APPLIED,
     "weight_decay": APPLIED,
     "amsgrad": STATE,
-    "cpu_optimizer": APPLIED,
+    "optimizer_state": APPLIED,
     # LoRA
     "lora_rank": SHAPE,
     "lora_alpha": SHAPE,

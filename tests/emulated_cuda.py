@@ -50,7 +50,7 @@ from emulated_streams import (
     unobserved,
     use_stream,
 )
-from emulated_tensor import CudaTensor, Moves, is_cuda, tensors_in, to_device, tree_map, unwrap
+from emulated_tensor import CudaTensor, Moves, is_emulated, tensors_in, to_device, tree_map, unwrap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +87,8 @@ class EmulatedCuda(TorchDispatchMode):
     graph), `allocated` and `peak` bytes, `pinned` and `pinned_reserved` bytes (torch reserves powers of two).
     """
 
+    kind = "cuda"
+
     def __init__(self, capability: tuple[int, int] = (8, 0), memory: int = 80 * 2**30, check_races: bool = True):
         super().__init__()
         self.capability, self.memory, self.check_races = capability, memory, check_races
@@ -115,13 +117,16 @@ class EmulatedCuda(TorchDispatchMode):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         _devices.append(self)
         self.default = self.current = Stream(name="the default stream")
-        self._patches = [mock.patch.object(torch.cuda, name, fake) for name, fake in _torch_cuda(self).items()]
+        self._patches = self.patches()
         for patch in self._patches:
             patch.start()
         super().__enter__()
         self._moves = Moves()
         self._moves.__enter__()
         return self
+
+    def patches(self) -> list:
+        return [mock.patch.object(torch.cuda, name, fake) for name, fake in _torch_cuda(self).items()]
 
     def __exit__(self, *error):
         self._moves.__exit__(*error)
@@ -185,6 +190,7 @@ class EmulatedCuda(TorchDispatchMode):
 
     def block(self, inner: torch.Tensor) -> Memory:
         """The block that a device tensor points into; a new one is counted."""
+        self.check_dtype(inner.dtype)
         storage = inner.untyped_storage()
         memory = self.blocks.get(storage._cdata)
         if memory is None:
@@ -200,6 +206,9 @@ class EmulatedCuda(TorchDispatchMode):
             self.peak = max(self.peak, self.allocated)
             self.blocks[storage._cdata] = memory
         return memory
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Every dtype lives on CUDA."""
 
     def freed(self, memory: Memory) -> None:
         """A block goes back to the allocator, which may give it to the next tensor of its stream at once."""
@@ -244,7 +253,7 @@ class EmulatedCuda(TorchDispatchMode):
         flat = tensors_in((args, kwargs))
         on_device = [x for x in flat if isinstance(x, CudaTensor)]
         on_host = [x for x in flat if not isinstance(x, CudaTensor)]
-        if not on_device and not is_cuda(kwargs.get("device")):
+        if not on_device and not is_emulated(kwargs.get("device")):
             return self._run_on_host(func, args, kwargs, flat)
         if on_device and on_host and name not in COPIES:
             args, kwargs, on_host = self._check_devices(name, args, kwargs, on_host)
@@ -257,7 +266,7 @@ class EmulatedCuda(TorchDispatchMode):
         call = func
         if name in kernels.KERNELS:
             call = functools.partial(kernels.KERNELS[name], self)
-        if is_cuda(kwargs.get("device")):
+        if is_emulated(kwargs.get("device")):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if self.current is not self.default and self.recording is None:
             self.current.flush()  # work on a side stream comes after the copies that were queued there
@@ -325,8 +334,8 @@ class EmulatedCuda(TorchDispatchMode):
                 odd = [o for o in odd if not any(x is o for x in args[1])]
         if odd:
             raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
-                f"{name} at {self.where()}"
+                f"Expected all tensors to be on the same device, but found at least two devices, {self.kind}:0 and "
+                f"cpu! {name} at {self.where()}"
             )
         return args, kwargs, on_host
 
@@ -358,6 +367,24 @@ class EmulatedCuda(TorchDispatchMode):
         if waits:
             self.wait("a copy that waits")
         return target
+
+
+class EmulatedMps(EmulatedCuda):
+    """The GPU of a Mac, as far as it differs: `mps:0`, without fp64."""
+
+    kind = "mps"
+    macos = (14, 0)
+
+    def patches(self) -> list:
+        answers = {"is_available": lambda: True, "is_macos_or_newer": lambda *version: version <= self.macos}
+        return [mock.patch.object(torch.backends.mps, name, fake) for name, fake in answers.items()]
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use "
+                f"float32 instead. At {self.where()}"
+            )
 
 
 def _written(func, args, kwargs) -> list[torch.Tensor]:

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from emulated_streams import Memory, Stream, active, unobserved
 from torch.overrides import TorchFunctionMode
 
-CUDA = torch.device("cuda", 0)
-
 
 class CudaTensor(torch.Tensor):
     """A tensor of the emulated device: `host` holds the numbers, `memory` the accesses and the size."""
@@ -31,8 +29,9 @@ class CudaTensor(torch.Tensor):
         return out
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    device = property(lambda self: CUDA)
-    is_cuda = property(lambda self: True)
+    device = property(lambda self: torch.device(self.memory.device.kind, 0))
+    is_cuda = property(lambda self: self.device.type == "cuda")
+    is_mps = property(lambda self: self.device.type == "mps")
     is_cpu = property(lambda self: False)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -82,8 +81,8 @@ def unwrap(tree: Any) -> Any:
 # From one device to the other
 
 
-def is_cuda(device: Any) -> bool:
-    return isinstance(device, (str, torch.device, int)) and torch.device(device).type == "cuda"
+def is_emulated(device: Any) -> bool:
+    return isinstance(device, (str, torch.device, int)) and torch.device(device).type == active().kind
 
 
 def to_device(x: torch.Tensor) -> CudaTensor:
@@ -93,12 +92,12 @@ def to_device(x: torch.Tensor) -> CudaTensor:
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, to_cuda, non_blocking):
-        ctx.back = not to_cuda
+    def forward(ctx, x, there, non_blocking):
+        ctx.back = not there
         device = active()
         with unobserved():
             out = torch.empty_like(unwrap(x))
-        if to_cuda:
+        if there:
             out = to_device(out)
         device.run(torch.ops.aten.copy_.default, (out, x.detach()), {"non_blocking": non_blocking})
         return out
@@ -108,13 +107,13 @@ class _Move(torch.autograd.Function):
         return _Move.apply(grad, ctx.back, False), None, None
 
 
-def move(x: torch.Tensor, to_cuda: bool, non_blocking: bool = False) -> torch.Tensor:
-    return x if isinstance(x, CudaTensor) == to_cuda else _Move.apply(x, to_cuda, non_blocking)
+def move(x: torch.Tensor, there: bool, non_blocking: bool = False) -> torch.Tensor:
+    return x if isinstance(x, CudaTensor) == there else _Move.apply(x, there, non_blocking)
 
 
 HANDLED = {
-    "scaled_dot_product_attention", "tensor", "as_tensor", "asarray", "cpu", "cuda", "tolist", "numpy", "__array__",
-    "pin_memory", "is_pinned", "to",
+    "scaled_dot_product_attention", "tensor", "as_tensor", "asarray", "cpu", "cuda", "mps", "tolist", "numpy",
+    "__array__", "pin_memory", "is_pinned", "to",
 }  # fmt: skip
 
 
@@ -128,17 +127,17 @@ class Moves(TorchFunctionMode):
         kwargs, first = dict(kwargs or {}), args[0] if args else None
         if func is F.scaled_dot_product_attention and isinstance(first, CudaTensor):
             return kernels.scaled_dot_product_attention(active(), *args, **kwargs)
-        if name in ("tensor", "as_tensor", "asarray") and is_cuda(kwargs.get("device")):
+        if name in ("tensor", "as_tensor", "asarray") and is_emulated(kwargs.get("device")):
             del kwargs["device"]
             return move(func(*args, **kwargs), True)
         if not isinstance(first, torch.Tensor):
             return func(*args, **kwargs)
-        if name in ("cpu", "cuda"):
-            return move(first, name == "cuda")
+        if name in ("cpu", "cuda", "mps"):
+            return move(first, name != "cpu")
         if name == "tolist":
             return move(first, False).tolist()
         if name in ("numpy", "__array__") and isinstance(first, CudaTensor):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError(f"can't convert {first.device} device type tensor to numpy. Use Tensor.cpu() first")
         if name == "pin_memory":
             return active().pin(first.clone())
         if name == "is_pinned":
@@ -149,18 +148,18 @@ class Moves(TorchFunctionMode):
 
     def _to(self, func, x, rest, kwargs):
         """x.to(device, dtype, non_blocking, copy), x.to(dtype) and x.to(other)"""
-        to_cuda = isinstance(x, CudaTensor)
+        there = isinstance(x, CudaTensor)
         if rest and isinstance(rest[0], torch.Tensor):
             like = rest.pop(0)
-            to_cuda, rest = isinstance(like, CudaTensor), [like.dtype, *rest]
+            there, rest = isinstance(like, CudaTensor), [like.dtype, *rest]
         elif rest and isinstance(rest[0], (str, torch.device)):
-            to_cuda = is_cuda(rest.pop(0))
+            there = is_emulated(rest.pop(0))
         if (given := kwargs.pop("device", None)) is not None:
-            to_cuda = is_cuda(given)
+            there = is_emulated(given)
         dtypes = [kwargs.pop("dtype", None), *(r for r in rest if isinstance(r, torch.dtype))]
         dtype = next((d for d in dtypes if d is not None), x.dtype)
-        moves = to_cuda != isinstance(x, CudaTensor)
+        moves = there != isinstance(x, CudaTensor)
         if kwargs.get("copy") and moves:
             del kwargs["copy"]  # the move is a copy
         y = func(x, dtype, **{key: value for key, value in kwargs.items() if key != "non_blocking"})
-        return move(y, to_cuda, kwargs.get("non_blocking", False))
+        return move(y, there, kwargs.get("non_blocking", False))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from model.attention import KVCache
 from qwen2_llm import Qwen2ForCausalLM
-from rollout.decoding import Answers, prefill_prompts, stop_string_end, stop_tail
-from rollout.sampling import SamplingParams, sample
+from rollout.decoding import Responses, prefill_prompts, stop_string_end, stop_tail
+from rollout.sampling import SamplingParams, sample, wide_dtype
 from tokenizer import Tokenizer
 
 
@@ -22,23 +22,25 @@ from tokenizer import Tokenizer
 def decode_plainly(
     model: Qwen2ForCausalLM, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
     tokenizer: Tokenizer, rows: int, capture: None = None,
-) -> Answers:  # fmt: skip
+) -> Responses:  # fmt: skip
     """The tables of `decode`. `capture` is not used."""
     size = max(1, rows // params.n)
     pieces = []
     for start in range(0, len(prompts), size):
         u = uniforms[start * params.n : (start + size) * params.n]
         pieces.append(_decode_piece(model, prompts[start : start + size], u, params, tokenizer))
-    return Answers(*(torch.cat(tables) for tables in zip(*pieces)))
+    return Responses(*(torch.cat(tables) for tables in zip(*pieces)))
 
 
-def _decode_piece(model, prompts, uniforms: Tensor, params: SamplingParams, tokenizer: Tokenizer) -> Answers:
+def _decode_piece(model, prompts, uniforms: Tensor, params: SamplingParams, tokenizer: Tokenizer) -> Responses:
     hidden, prefill = prefill_prompts(model, prompts)
     hidden, cache = hidden.repeat_interleave(params.n, dim=0), KVCache.from_prefill(prefill, params.n, len(uniforms[0]))
     sampled, logprobs, lengths = [], [], torch.full((len(uniforms),), params.max_new_tokens)
     stopped = torch.zeros(len(uniforms), dtype=torch.bool)
     for t, u in enumerate(uniforms.T):
-        token, logprob = sample(model.logits(hidden), u.to(hidden.device), params, tokenizer.vocab_size)
+        token, logprob = sample(
+            model.logits(hidden), u.to(hidden.device, wide_dtype(hidden.device)), params, tokenizer.vocab_size
+        )
         sampled.append(token.cpu())
         logprobs.append(logprob.cpu())
         ends = torch.tensor([_ends(ids, params.stop, tokenizer) for ids in torch.stack(sampled, dim=1).tolist()])
@@ -48,7 +50,7 @@ def _decode_piece(model, prompts, uniforms: Tensor, params: SamplingParams, toke
             break
         hidden = model.hidden_states(token, cache.positions().flatten(), cache.attend)
         cache.advance()
-    return Answers(_padded(sampled, uniforms), _padded(logprobs, uniforms), lengths, stopped)
+    return Responses(_padded(sampled, uniforms), _padded(logprobs, uniforms), lengths, stopped)
 
 
 def _ends(ids: list[int], stop: tuple[str, ...], tokenizer: Tokenizer) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated_cuda import EmulatedCuda
+from emulated_cuda import EmulatedCuda, EmulatedMps
 from emulated_streams import CaptureError, Race
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -463,3 +463,24 @@ def test_kernel_conditions(capability, call, refused):
             return
         with pytest.raises(RuntimeError, match=refused):
             call()
+
+
+# --- the GPU of a Mac
+
+
+def test_a_mac_has_no_fp64():
+    with EmulatedMps():
+        x = torch.ones(3).to("mps")
+        assert x.device == torch.device("mps", 0)
+        assert not x.is_cuda
+        assert (x + 1).tolist() == [2, 2, 2]
+        for fault in (
+            lambda: torch.ones(3, dtype=torch.float64).to("mps"),
+            lambda: x.double(),
+            lambda: torch.tensor([1.0], dtype=torch.float64, device="mps"),
+            lambda: x.sum(dtype=torch.float64),
+        ):
+            with pytest.raises(TypeError, match="float64"):
+                fault()
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.ones(3)

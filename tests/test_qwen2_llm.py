@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_config, make_model, randomize
+from emulated_cuda import EmulatedCuda
 from safetensors.torch import load_file, save_file
 
 from model import linear
@@ -130,6 +131,17 @@ def test_rms_norm_is_the_formula_in_fp32():
         size = math.sqrt(sum(float(value) ** 2 for value in row) / 6 + 0.1)
         unit = torch.tensor([float(value) / size for value in row]).to(torch.bfloat16)
         assert torch.equal(out, unit * norm.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_on_a_gpu_is_the_formula_rounded_once(dtype):
+    norm, x = RMSNorm(6, eps=0.1), torch.randn(5, 2, 6).to(dtype)
+    norm.weight.data = torch.randn(6).to(dtype)
+    wide = x.double()
+    exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight.double()
+    with EmulatedCuda():
+        found = norm.to("cuda")(x.to("cuda")).cpu()
+    torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_rope_turns_each_pair_by_its_angle():

@@ -131,6 +131,27 @@ def test_a_packed_weight_multiplies_like_the_weight(bias):
     torch.testing.assert_close(torch_private.linear_packed(x, packed, b).float(), expected, atol=0.05, rtol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("onednn", "avx512_bf16", "amx", "cap", "expected"),
+    [
+        (True, True, False, "", True), (True, False, True, "", True), (False, True, True, "", False),
+        (True, False, False, "", False),  # AVX-512 alone: oneDNN says yes, and converts to fp32
+        (True, True, True, "AVX512_CORE_VNNI", False), (True, True, True, "avx2_vnni_2", False),
+        (True, True, True, "AVX512_CORE_BF16", True), (True, True, True, "AVX512_CORE_AMX", True),
+    ],
+)  # fmt: skip
+def test_bf16_products_need_instructions(onednn, avx512_bf16, amx, cap, expected, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch_private.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    assert torch_private.has_bf16_products() is expected
+    monkeypatch.setattr(torch_private.platform, "machine", lambda: "arm64")
+    assert torch_private.has_bf16_products() is onednn
+
+
 def test_bf16_products_are_asked_for_only_where_there_is_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch_private.has_bf16_products() is False

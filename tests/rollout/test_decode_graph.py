@@ -6,17 +6,22 @@ on the very tensors that it touches, with every number of Python's frozen, and r
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import make_model
+from emulated_cuda import EmulatedCuda
 from plain_decode import decode_plainly
 from test_generation import PROMPTS, stopping_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import memory
+from model.lora import add_lora, lora_layers
 from model.memory import rows_that_fit
-from rollout import decoding, generation
-from rollout.decode_graph import Recorder
+from rollout import decode_graph, decoding, generation
+from rollout.decode_graph import Recorder, shelf
 from rollout.decoding import Decoder, _pieces, _reach, stop_string_end
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
@@ -48,7 +53,7 @@ def decoder_for(model, tokenizer, capture=recorded, rows: int = 512, prompts=PRO
     return Decoder(model, prompts, uniforms, params, tokenizer, rows, capture)
 
 
-def assert_same(answers: decoding.Answers, expected: decoding.Answers) -> None:
+def assert_same(answers: decoding.Responses, expected: decoding.Responses) -> None:
     assert torch.equal(answers.lengths, expected.lengths)
     assert torch.equal(answers.stopped, expected.stopped)
     for row, length in enumerate(expected.lengths.tolist()):
@@ -82,7 +87,8 @@ def test_recorded_steps_give_the_answers_of_the_slow_twin(rows, params, tokenize
 
 def test_replays_change_nothing_but_numbers(tokenizer):
     """No tensor of the state moves or changes its shape from the first step to the last."""
-    decoder = decoder_for(stopping_model(0.5), tokenizer)
+    model = stopping_model(0.5)
+    decoder = decoder_for(model, tokenizer)
     before = {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in state(decoder).items()}
     decoder.run()
     assert len(decoder.recorder.replays) > 0
@@ -94,9 +100,10 @@ def test_replays_change_nothing_but_numbers(tokenizer):
 
 def test_a_step_reads_no_number_back(tokenizer):
     """On the meta device there are no numbers: whatever would wait (item, tolist, nonzero, a branch) raises."""
-    decoder = decoder_for(make_model(), tokenizer, top_k=5, top_p=0.9, min_p=0.1)
+    model = make_model()
+    decoder = decoder_for(model, tokenizer, top_k=5, top_p=0.9, min_p=0.1)
     with torch.inference_mode():
-        decoder.seat(decoder.look())
+        decoder.refill(decoder.running_rows())
         for owner in (decoder, decoder.cache):
             for name, value in vars(owner).items():
                 if isinstance(value, torch.Tensor):
@@ -105,7 +112,7 @@ def test_a_step_reads_no_number_back(tokenizer):
         decoder.model.model.rope.frequencies[torch.device("meta")] = torch.empty(8, device="meta")
         decoder.step()
         with pytest.raises((RuntimeError, NotImplementedError)):
-            decoder.look()
+            decoder.running_rows()
 
 
 def test_torch_compile_takes_a_step_whole(tokenizer):
@@ -182,6 +189,135 @@ def test_a_recorded_step_reads_enough_and_not_much_more(tokens):
 def test_graphs_need_cuda(tokenizer):
     with pytest.raises(ValueError, match="only CUDA"):
         generate(make_model(), PROMPTS, SamplingParams(), tokenizer=tokenizer, graphs=True)
+
+
+# --- from one rollout to the next
+
+
+OTHER_PROMPTS = [prompt[::-1] for prompt in PROMPTS]  # as many, and as long
+
+
+@pytest.fixture
+def gpu():
+    """An emulated GPU without decoders of earlier tests."""
+    shelf.kept.clear()
+    shelf.crowded.clear()
+    with EmulatedCuda() as device:
+        yield device
+    shelf.kept.clear()
+
+
+def sampled(model, tokenizer, prompts=PROMPTS, seed: int = 0, n: int = 3, **options) -> list[list[int]]:
+    params = SamplingParams(n=n, max_new_tokens=24)
+    return [c.response_ids for c in generate(model, prompts, params, tokenizer=tokenizer, seed=seed, **options)]
+
+
+@pytest.mark.parametrize("change", ["nothing", "prompts", "seed", "weights"])
+def test_a_second_rollout_replays_the_recordings_of_the_first(change, tokenizer, gpu):
+    """CHECKLIST 28. Nothing is recorded again, and the responses are those of a CPU with the same weights."""
+    model, on_cpu = stopping_model(1.0), stopping_model(1.0)
+    model.to("cuda")
+    first = sampled(model, tokenizer)
+    recordings = len(gpu.captured)
+    assert recordings > 0
+    options = {"prompts": OTHER_PROMPTS} if change == "prompts" else {"seed": 5} if change == "seed" else {}
+    if change == "weights":
+        with torch.no_grad():
+            for one in (model, on_cpu):
+                one.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    second = sampled(model, tokenizer, **options)
+    assert second == sampled(on_cpu, tokenizer, **options)
+    assert (second == first) == (change == "nothing")
+    recorder = next(iter(shelf.kept[model].values())).recorder
+    assert len(gpu.captured) == len(recorder.replays), "a shape was recorded twice"
+    if change == "nothing":
+        assert len(gpu.captured) == recordings
+
+
+@pytest.mark.parametrize("change", ["n", "more prompts", "longer prompts", "moved weights", "adapters", "temperature"])
+def test_another_rollout_does_not_replay_recordings_that_do_not_fit(change, tokenizer, gpu):
+    model, on_cpu = stopping_model(1.0), stopping_model(1.0)
+    model.to("cuda")
+    sampled(model, tokenizer)
+    prompts, n, temperature = PROMPTS, 3, 1.0
+    if change == "n":
+        n = 5
+    elif change == "more prompts":
+        prompts = [*PROMPTS, PROMPTS[0]]
+    elif change == "longer prompts":
+        prompts = [PROMPTS[0] * 20, *PROMPTS[1:]]
+    elif change == "temperature":
+        temperature = 0.5
+    elif change == "moved weights":
+        model.to("cpu").to("cuda")
+    elif change == "adapters":
+        for one in (model, on_cpu):
+            add_lora(one, 2)
+            for layer in lora_layers(one).values():
+                layer.lora_B.data.fill_(0.3)
+    params = SamplingParams(n=n, max_new_tokens=24, temperature=temperature)
+    found, expected = (
+        [c.response_ids for c in generate(one, prompts, params, tokenizer=tokenizer)] for one in (model, on_cpu)
+    )
+    assert found == expected
+
+
+def test_keys_of_a_broken_rollout_are_not_read_by_the_next(tokenizer, gpu):
+    """CHECKLIST 44. A NaN in the cache would pass through the mask."""
+    model, on_cpu = stopping_model(1.0).to("cuda"), stopping_model(1.0)
+    with torch.no_grad():
+        good = model.model.layers[0].self_attn.k_proj.weight.clone()
+        model.model.layers[0].self_attn.k_proj.weight.fill_(torch.nan)
+        sampled(model, tokenizer, must_be_finite=False)
+        model.model.layers[0].self_attn.k_proj.weight.copy_(good)
+    assert sampled(model, tokenizer) == sampled(on_cpu, tokenizer)
+
+
+def test_a_kept_decoder_does_not_keep_the_model(tokenizer, gpu):
+    model = stopping_model(1.0).to("cuda")
+    sampled(model, tokenizer)
+    reference = weakref.ref(model)
+    assert len(shelf.kept) == 1
+    del model
+    gc.collect()
+    assert reference() is None
+    assert len(shelf.kept) == 0
+
+
+def test_large_decoders_are_not_kept(tokenizer, monkeypatch, gpu):
+    """The update needs the memory: what is kept takes at most a share of the device's, the newest first."""
+    model = stopping_model(1.0).to("cuda")
+    sampled(model, tokenizer)
+    size = shelf.nbytes(model)
+    assert size > 0
+    monkeypatch.setattr(decode_graph, "KEEP_SHARE", 1.5 * size / gpu.memory)
+    sampled(model, tokenizer, n=4)
+    (one,) = shelf.kept[model].values()
+    assert one.params.n == 4
+    assert shelf.nbytes(model) <= 1.5 * size
+    held = gpu.allocated
+    monkeypatch.setattr(decode_graph, "KEEP_SHARE", 0.1 * size / gpu.memory)
+    sampled(model, tokenizer, n=5)
+    assert not shelf.kept[model]
+    assert gpu.allocated < held
+
+
+def test_kept_decoders_go_first_if_memory_runs_out(tokenizer, gpu):
+    """The update runs again with all its tokens, and from then on no decoder is kept."""
+    model = stopping_model(1.0).to("cuda")
+    sampled(model, tokenizer)
+    before, sizes = gpu.allocated, []
+
+    def work(size: int) -> None:
+        sizes.append(size)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    memory.halve_when_out_of_memory(work, 64)
+    assert sizes == [64, 64]
+    assert gpu.allocated < before
+    sampled(model, tokenizer)
+    assert not shelf.kept.get(model)
 
 
 # --- what must not end in an index error

@@ -268,3 +268,26 @@ def test_a_new_run_gets_the_next_free_number(tmp_path, monkeypatch):
 
 def test_take_flag_leaves_the_rest_in_order():
     assert take_flag(["--a", "1", "--b=2", "c", "--a=3"], "--a") == (["1", "3"], ["--b=2", "c"])
+
+
+@pytest.mark.parametrize(("value", "place"), [("true", "host"), ("false", "device")])
+def test_the_config_of_an_old_run_is_read_with_the_new_name(value, place, tmp_path, caplog):
+    """Every config.yaml of an older version has cpu_optimizer, and its run can still be resumed."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"lr: 1e-5\ncpu_optimizer: {value}\n")
+    assert load_config(file).optimizer_state == place
+    (record,) = caplog.records
+    assert "cpu_optimizer is now optimizer_state" in record.getMessage()
+
+
+@pytest.mark.parametrize("flag", ["--cpu-optimizer", "--no-cpu-optimizer"])
+def test_an_old_flag_names_the_new_one(flag):
+    with pytest.raises(ValueError, match="is now --optimizer-state, with one of host, device"):
+        parse_args([flag])
+
+
+def test_an_old_name_with_a_wrong_value_names_the_new_one(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("cpu_optimizer: maybe\n")
+    with pytest.raises(ValueError, match="is now optimizer_state"):
+        load_config(file)
