@@ -266,10 +266,9 @@ def _clipped_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm
         grad_norm = norm.item() / scale.value
         optimizer.step(gradient_factor=min(1.0, max_norm / (grad_norm + 1e-6)) / scale.value)  # in fp32
     else:
-        parameters = _parameters(optimizer)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm * scale.value, norm)
-        for p in parameters if scale.active else []:
-            p.grad /= scale.value
+        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_norm * scale.value, norm)
+        for gradient in _gradients(optimizer) if scale.active else []:
+            gradient /= scale.value
         optimizer.step()
     scale.note_update()
 
