@@ -36,11 +36,11 @@ from tasks.curriculum import arithmetic_levels, countdown_levels
 from tasks.dataset_tasks import Gsm8kTask, MathDataset, MathTask
 from tasks.expressions import MAX_CHARS, ExpressionError, evaluate_expression, false_sums, plain_number
 from tasks.gym_task import ReasoningGymTask
-from tasks.messages import did_you_mean
+from tasks.messages import did_you_mean, first_line, home_path
 from tasks.rewards import REWARD_PRESETS, answer_block, format_reward, soft_overlong_penalty
 from tasks.sandbox import FunctionReward, JudgedInWorker, SandboxedTask
 from tasks.task_base import TAG_REQUEST, QuestionTask, Split, Task, draw_problem, shuffled_index
-from tasks.task_files import Row, read_splits
+from tasks.task_files import Row, path_exists, read_splits
 from tasks.user_files import user_task_class
 
 __all__ = [
@@ -336,7 +336,26 @@ def write_math_tasks(path: str | Path, n: int = 1000, seed: int = 0) -> None:
     Path(path).write_text("".join(json.dumps(task.row("train", i)) + "\n" for i in range(n)), encoding="utf-8")
 
 
+USAGE = "usage: python math_task.py FILE.jsonl   writes 1,000 arithmetic questions for MathDataset(FILE)"
+
+
+def main(arguments: list[str]) -> int:
+    """Write a file of questions. Returns the exit code: 2 for a mistake, with one line on standard error."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    try:
+        if len(arguments) != 1 or arguments[0].startswith("-"):
+            raise ValueError(USAGE)
+        path = home_path(arguments[0])
+        if path_exists(path):
+            raise ValueError(f"{path} is there already and stays; give the name of a new file")
+        write_math_tasks(path)
+    except (OSError, ValueError) as error:
+        print("math_task.py:", ascii(first_line(error))[1:-1], file=sys.stderr)  # without control characters
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python math_task.py FILE.jsonl   writes 1,000 arithmetic questions for MathDataset(FILE)")
-    write_math_tasks(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from math_task import ArithmeticTask, CountdownTask, make_task, task_from_config, task_options, write_math_tasks
+from math_task import ArithmeticTask, CountdownTask, main, make_task, task_from_config, task_options, write_math_tasks
 from run.config import Config
 from tasks.dataset_tasks import MathDataset
 from tasks.expressions import MAX_CHARS, MAX_DEPTH, ExpressionError, evaluate_expression
@@ -686,3 +686,30 @@ def test_arithmetic_mix_replaces_the_combinations():
     assert {(row["num_terms"], row["num_digits"]) for row in rows} == {(2, 1), (2, 2), (3, 1), (3, 2)}
     with pytest.raises(ValueError, match="expected pairs, each number from 1 to 12"):
         ArithmeticTask(mix=((2, 0),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: python math_task.py FILE.jsonl"),
+        (["-x"], "usage: python math_task.py FILE.jsonl"),
+        (["~nosuchuser/a.jsonl"], "there is no user"),
+        (["a.jsonl", "b.jsonl"], "usage"),
+        (["mine.jsonl"], "is there already and stays"),
+        (["no/folder/a.jsonl"], "No such file"),
+        (["\x1b[2J/a.jsonl"], "No such file"),
+    ],
+)
+def test_the_program_that_writes_questions_says_its_mistakes_in_one_line(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text("mine")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert "\x1b" not in said
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+    assert main(["new.jsonl"]) == 0
+    assert len(MathDataset(tmp_path / "new.jsonl")) == 1000
