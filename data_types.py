@@ -82,6 +82,7 @@ class Episode:
     temperature: float = 1.0
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
+    trace: dict[str, Any] | None = None  # numbers of its last update, token by token (update/token_traces.py)
 
     @property
     def task_reward(self) -> float:

@@ -63,6 +63,7 @@ from update.packing import Scores, Step
 from update.scoring import score_episodes, top_entropy_masks
 from update.shaping import drop_zero_variance, penalise_divergence, penalise_length
 from update.step_metrics import Metrics, StepTotals, reward_metrics
+from update.token_traces import TokenTraces, first_groups
 
 logger = logging.getLogger(__name__)
 SPARE_PROBLEMS = 2**31  # number of the first problem that replaces a dropped one, far from the run's own problems
@@ -192,6 +193,7 @@ def update_policy(
     micro_batch_tokens: int = 16384,
     guard: Guard | None = None,
     loss_scale: LossScale | None = None,
+    traces: TokenTraces | None = None,
     **options: Any,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
@@ -207,6 +209,7 @@ def update_policy(
             runs out, the gradient is computed again with half as many.
         guard: keeps why an update was refused. None: only a warning.
         loss_scale: of fp16 weights, from the update before. None: a new one.
+        traces: keeps the numbers of some episodes, token by token. They change nothing.
 
     With several processes all of them pass the same episodes. Each computes its groups' part of the gradient.
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
@@ -224,11 +227,13 @@ def update_policy(
     def gradient(max_tokens: int) -> StepTotals:
         """Add the gradient of every micro-batch to `.grad`."""
         optimizer.zero_grad(set_to_none=True)
+        if traces is not None:
+            traces.clear()
         micro_batches, totals = list(step.micro_batches(max_tokens)), StepTotals()
         masks = top_entropy_masks(model, micro_batches, loss.top_entropy_share)
         with gradients_in_place(not is_sharded(model)):
             for micro, mask in zip(micro_batches, masks):
-                (micro_batch_loss(loss, model, reference, micro, mask, totals) * scale.value).backward()
+                (micro_batch_loss(loss, model, reference, micro, mask, totals, traces) * scale.value).backward()
         return totals
 
     while True:
@@ -257,6 +262,8 @@ def update_policy(
     if scale.active:
         metrics["loss_scale"] = scale.value
     optimizer.zero_grad(set_to_none=True)
+    if traces is not None:
+        traces.finish(step, loss, refused=not finite)
     return metrics
 
 
@@ -444,14 +451,17 @@ class GRPO:
         if c.lora_rank and c.lora_dropout:
             torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # a resumed run then has the same dropout
         first: Metrics = {}
-        for _ in range(c.updates_per_rollout):
+        traces = TokenTraces(first_groups(episodes, c.log_tokens))
+        for number in range(1, c.updates_per_rollout + 1):
             metrics = update_policy(
                 self.model, self.optimizer, episodes, loss=loss, reference=self.reference, before=before,
                 max_new_tokens=c.max_new_tokens, max_grad_norm=c.max_grad_norm,
                 micro_batch_tokens=c.micro_batch_tokens, guard=self.guard, loss_scale=self.loss_scale,
+                traces=traces if number == c.updates_per_rollout else None,
             )  # fmt: skip
             first = first or metrics
         metrics |= {name: value for name, value in first.items() if name.startswith("sampling/")}
+        traces.attach(episodes)
         if c.entropy_target is not None and not metrics["update/skipped"]:
             metrics["entropy_coef"] = self.applied_entropy_coef
             self.entropy_coef, self.applied_entropy_coef = adapt_entropy_coef(

@@ -391,6 +391,9 @@ class ScheduleOptions:
     """Share of the responses written to samples.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Charts besides metrics.jsonl: tensorboard, and the optional packages wandb and trackio. No name: none."""
+    log_tokens: NumberOrNone = 16384
+    """Response tokens of a step that samples.jsonl holds one by one, with what the update did to each, for report.py:
+    whole groups, at least one. 0: none."""
 
 
 @dataclass

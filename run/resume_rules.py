@@ -125,6 +125,7 @@ RULES = {
     "keep_checkpoints": APPLIED,
     "log_samples": APPLIED,
     "log_to": APPLIED,
+    "log_tokens": APPLIED,
     # Several processes
     "shard_weights": APPLIED,
     "collective_timeout": APPLIED,

@@ -100,6 +100,8 @@ class Step:
         self.trains = bool(trained)  # some episode of the step, on any rank, has a gradient
         self.trained = trained
         self.answer_weight = 1 / max(1, sum(kept))
+        self.weights = weights  # of each episode, [T]
+        self.denominators = {"tokens": int(keep_M.sum()), "responses": len(episodes), "longest": longest}
 
     def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
         """Pack groups in order until the next one does not fit. A group that is too large alone is cut into pieces.
