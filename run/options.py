@@ -185,10 +185,15 @@ class RolloutOptions:
 class AdvantageOptions:
     """Advantages"""
 
-    advantage_estimator: Literal["group_mean", "rloo", "reinforce_pp"] = "group_mean"
-    """Baseline: mean of the group, mean of the other responses of the group, or mean of the batch (REINFORCE++)."""
+    advantage_estimator: Literal["group_mean", "rloo", "reinforce_pp", "opo", "maxrl", "gdpo", "pass_at_k"] = (
+        "group_mean"
+    )
+    """Baseline: mean of the group, of the other responses of the group, of the batch (REINFORCE++), or of the group
+    weighted by lengths (OPO). maxrl, gdpo and pass_at_k have a division of their own (docs/grpo.md)."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the deviation of the group, by that of the batch, or not."""
+    pass_k: Count = 4
+    """pass_at_k: a group is judged by the best of so many of its responses. Less than group_size."""
     drop_zero_variance: bool = False
     """Leave groups with equal rewards out of the update, also out of divergence and entropy."""
     refill_rounds: NumberOrNone = 0
@@ -199,7 +204,16 @@ class AdvantageOptions:
             (
                 self.refill_rounds > 0 and not self.drop_zero_variance,
                 f"--refill-rounds {self.refill_rounds} replaces dropped groups: it needs --drop-zero-variance",
-            )
+            ),
+            (
+                self.advantage_estimator in ("maxrl", "gdpo") and self.advantage_scale != "group",
+                f"--advantage-scale {self.advantage_scale} does not go with --advantage-estimator "
+                f"{self.advantage_estimator}, which has a division of its own; take --advantage-scale group",
+            ),
+            (
+                self.advantage_estimator == "pass_at_k" and self.advantage_scale == "batch",
+                "--advantage-scale batch does not go with --advantage-estimator pass_at_k; take group or none",
+            ),
         ]
 
 

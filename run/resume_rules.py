@@ -69,6 +69,7 @@ RULES = {
     # Advantages
     "advantage_estimator": APPLIED,
     "advantage_scale": APPLIED,
+    "pass_k": APPLIED,
     "drop_zero_variance": APPLIED,
     "refill_rounds": APPLIED,
     # Loss

@@ -22,6 +22,8 @@ from update import losses
 from update.scoring import score_episodes
 from update.step_metrics import has_signal
 
+PENALTY_WEIGHTS = {"overlong": 1.0}  # of the reward parts that are added here; that of `kl` is -beta
+
 
 def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
     """(episodes of groups whose rewards differ, the other episodes): DAPO's dynamic sampling, section 3.2.
@@ -42,7 +44,7 @@ def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: in
 
     This is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). The penalty is the reward part `overlong`."""
     penalties = [soft_overlong_penalty(len(e.response_ids), max_new_tokens, buffer) for e in episodes]
-    return [_add_part(e, "overlong", penalty, 1.0) for e, penalty in zip(episodes, penalties)]
+    return [_add_part(e, "overlong", penalty, PENALTY_WEIGHTS["overlong"]) for e, penalty in zip(episodes, penalties)]
 
 
 def penalise_divergence(
