@@ -308,6 +308,7 @@ class GRPO:
     Arguments that are not given are built from `config`. Without a config it is the bundled tiny model with its preset.
 
     step_count: number of steps so far, one rollout each.
+    num_tokens: tokens of all responses so far, each with its prompt, as TRL counts them.
     """
 
     def __init__(
@@ -350,6 +351,7 @@ class GRPO:
             place=choose_place(model, config),
         )  # fmt: skip
         self.step_count = 0
+        self.num_tokens = 0
         self.guard = Guard(config.max_refusals)
         self.loss_scale = LossScale(model.dtype)
         self.entropy_coef = config.entropy_coef  # the adaptive coefficient
@@ -392,6 +394,7 @@ class GRPO:
         updated = time.perf_counter()
         episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
         response_tokens = sum(len(e.response_ids) for e in episodes)
+        self.num_tokens += response_tokens + sum(len(e.prompt_ids) for e in episodes)
         rates = {
             "rollout/tokens_per_second": response_tokens / (sampled - started),
             "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
@@ -403,7 +406,7 @@ class GRPO:
             **metrics,
             **(self.curriculum.metrics() if self.curriculum else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "num_tokens": response_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
+            "num_tokens": self.num_tokens,
             **rates,
             "step_time": updated - started,
         }
@@ -487,6 +490,7 @@ class GRPO:
             "applied_entropy_coef": self.applied_entropy_coef,
             "refusals": refusals,
             **(self.loss_scale.state_dict() if self.loss_scale.active else {}),
+            "num_tokens": self.num_tokens,
             **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
@@ -494,6 +498,7 @@ class GRPO:
         self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
         self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
         self.loss_scale.load_state_dict(state)
+        self.num_tokens = int(state.get("num_tokens", 0))  # nor this one: it counts from the resume on
         if self.curriculum:
             self.curriculum.load_state_dict(state.get("curriculum", {}))
 

@@ -245,6 +245,9 @@ class LossOptions:
     """Correct for the difference between the sampler's and the trainer's log-probabilities."""
     importance_cap: Positive = 2.0
     """Largest importance weight of the correction."""
+    off_policy_threshold: NotNegative | None = None
+    """Leave out responses of negative advantage whose log-probability fell by more than this per token since they were
+    sampled (DeepSeek-V3.2). None: keep all."""
     beta: NotNegative = 0.0
     """Weight of the divergence. 0: none, and no reference model is loaded."""
     kl: Literal["k1", "k2", "k3", "kl", "approx_kl", "ot"] = "k3"

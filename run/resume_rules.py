@@ -84,6 +84,7 @@ RULES = {
     "top_entropy_share": APPLIED,
     "importance_correction": APPLIED,
     "importance_cap": APPLIED,
+    "off_policy_threshold": APPLIED,
     "beta": APPLIED,
     "kl": APPLIED,
     "kl_in": APPLIED,

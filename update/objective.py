@@ -1,6 +1,9 @@
 """The loss of a micro-batch, term by term: how the options of the loss turn scores into a number.
 
-    loss = policy + beta * divergence - entropy_coef * entropy        each a sum of weight * term over the step's tokens
+    loss = policy + beta * divergence - entropy_coef * entropy
+
+The first two are sums of weight * term over the step's tokens, with the weights of the loss type. The entropy is the
+mean over the step's tokens for every loss type, so a coefficient means the same for all of them.
 
 The options are `LossOptions` (run/options.py). The terms are pure functions in losses.py. This file chooses them, gives
 them their inputs and adds them up.
@@ -24,6 +27,7 @@ from model.lora import adapters_off
 from qwen2_llm import Qwen2ForCausalLM
 from run.options import LossOptions
 from update import losses
+from update.off_policy import sequence_mask
 from update.packing import MicroBatch, Scores
 from update.scoring import response_states, score, score_states
 from update.step_metrics import StepTotals
@@ -45,6 +49,10 @@ def micro_batch_loss(
     hidden = response_states(model, micro)
     logp, entropy = score_states(model, micro, hidden)
     terms, importance = policy_terms(o, micro, logp)
+    if o.off_policy_threshold is not None:
+        kept = sequence_mask(logp, micro.old_logp, micro.advantages, micro.lengths, o.off_policy_threshold)
+        terms = terms._replace(loss=terms.loss * kept)
+        totals.add_terms(off_policy=1 - kept)
     loss = policy = losses.weighted_sum(terms.loss, micro.weights if mask is None else micro.weights * mask)
     if o.divergence_in_loss:
         ref_logp = None
@@ -57,7 +65,7 @@ def micro_batch_loss(
         loss = loss + o.beta * divergence.loss
         totals.add_terms(kl=divergence.terms)
     if o.entropy_coef:
-        loss = loss - o.entropy_coef * losses.weighted_sum(entropy, micro.weights)
+        loss = loss + losses.entropy_bonus(entropy, micro.mean_weights, o.entropy_coef)
     if importance is not None:
         totals.add_terms(importance=importance)
     totals.add(loss=loss, policy_loss=policy)

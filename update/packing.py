@@ -51,6 +51,7 @@ class MicroBatch:
     targets: Tensor  # [M]
     old_logp: Tensor  # [M] the sampler's
     weights: Tensor  # [M] the token's share in the step's loss
+    mean_weights: Tensor  # [M] its share in a mean over the step's tokens: the same for every loss type
     advantages: Tensor  # [E]
     lengths: Tensor  # [E]
     answer_weight: float  # weight of a response in a mean over the step's responses
@@ -64,6 +65,7 @@ class Member(NamedTuple):
     number: int
     episode: Episode
     weights: Tensor  # [T]
+    mean_weights: Tensor  # [T]
 
 
 class Step:
@@ -93,8 +95,10 @@ class Step:
         lengths = torch.tensor([len(e.response_ids) for e in episodes], dtype=torch.long)
         longest = max_new_tokens or max([1, *lengths.tolist()])
         keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
-        weights = losses.token_weights(loss_type, lengths, longest, keep_M).split(lengths.tolist())
-        members = map(Member, range(len(episodes)), episodes, weights)
+        weights, mean_weights = (
+            losses.token_weights(name, lengths, longest, keep_M).split(lengths.tolist()) for name in (loss_type, "dapo")
+        )
+        members = map(Member, range(len(episodes)), episodes, weights, mean_weights)
         # An episode with a NaN reward has advantage 0. With beta or an entropy term its tokens still count.
         trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
         self.trains = bool(trained)  # some episode of the step, on any rank, has a gradient
@@ -152,7 +156,7 @@ class Step:
             prompt = group[0].episode.prompt_ids
             last_prompt_row = len(ids) + len(prompt) - 1
             ids += prompt
-            for _, e, _ in group:
+            for _, e, *_ in group:
                 rows += [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
                 ids += e.response_ids[:-1]
         layout = Layout.shared_prefix(
@@ -171,6 +175,7 @@ class Step:
             targets=on_device([i for e in episodes for i in e.response_ids], torch.long),
             old_logp=on_device([x for e in episodes for x in e.logprobs], torch.float32),
             weights=torch.cat([torch.zeros(0), *(m.weights for m in members)]).to(self.device),
+            mean_weights=torch.cat([torch.zeros(0), *(m.mean_weights for m in members)]).to(self.device),
             advantages=on_device([e.advantage for e in episodes], torch.float32),
             lengths=on_device([len(e.response_ids) for e in episodes], torch.long),
             answer_weight=self.answer_weight,
