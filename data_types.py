@@ -60,6 +60,7 @@ class Completion:
     text: str
     finish_reason: FinishReason  # "stop": a stop id or stop string. "length": cut at max_new_tokens. "not_finite": cut
     # because the logits were not finite; its last id was drawn from them and has log-probability NaN
+    kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Episode:
     temperature: float = 1.0
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
+    kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
 
     @property
     def task_reward(self) -> float:

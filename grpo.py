@@ -93,7 +93,7 @@ def rollout(
     must_be_finite: True raises ValueError if the model's logits are not finite. False ends such a response there, with
         the finish reason "not_finite" and no reward. `update_policy` refuses a step that has one.
     """
-    if sampling.filtered:
+    if sampling.filtered and not sampling.keep_mask:
         logger.warning("top-k, top-p or min-p is on: the sampled distribution differs from the trained one, "
                        "which biases the ratio")  # fmt: skip
     alone = distributed.world_size() == 1
@@ -120,6 +120,7 @@ def rollout(
                 temperature=sampling.temperature or 1.0,
                 vocab_size=tokenizer.vocab_size,
                 problem=problem,
+                kept=completion.kept,
             )
         )
     return episodes if alone else distributed.gather(episodes)
@@ -360,7 +361,9 @@ class GRPO:
     @property
     def sampling(self) -> SamplingParams:
         c = self.config
-        return SamplingParams(c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p)
+        return SamplingParams(
+            c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p, keep_mask=c.keep_sampling_mask
+        )  # fmt: skip
 
     def problems(self, n: int, start: int, task: Task | None = None) -> list[Problem]:
         """Training problems `start` to `start + n`: of the curriculum's levels if there is one, else of the task.

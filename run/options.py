@@ -166,18 +166,25 @@ class RolloutOptions:
     temperature: Positive = 1.0
     """Sampling temperature. Training scores the tokens at the same temperature."""
     top_k: NumberOrNone = 0
-    """Sample from the k likeliest tokens only. 0: off. Biases the ratio, like the next two options."""
+    """Sample from the k likeliest tokens only. 0: off. It biases the ratio, as do the next two, without
+    keep_sampling_mask."""
     top_p: PositiveShare = 1.0
     """Sample from the smallest set of tokens with this probability. 1: off."""
     min_p: Share = 0.0
     """Leave out tokens below this share of the likeliest token's probability. 0: off."""
+    keep_sampling_mask: bool = False
+    """Train on the distribution over the ids that top_k, top_p and min_p left (DeepSeek-V3.2). Needs top_k."""
 
     def conflicts(self) -> Conflicts:
         return [
             (
                 self.group_size == 1,
                 "--group-size 1: a group of one has no baseline, its advantage is always 0; take 2 or more",
-            )
+            ),
+            (
+                self.keep_sampling_mask and not self.top_k,
+                "--keep-sampling-mask stores the ids that each token is sampled from: it needs --top-k, such as 50",
+            ),
         ]
 
 

@@ -66,6 +66,7 @@ RULES = {
     "top_k": APPLIED,
     "top_p": APPLIED,
     "min_p": APPLIED,
+    "keep_sampling_mask": APPLIED,
     # Advantages
     "advantage_estimator": APPLIED,
     "advantage_scale": APPLIED,

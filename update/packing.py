@@ -57,6 +57,7 @@ class MicroBatch:
     answer_weight: float  # weight of a response in a mean over the step's responses
     temperature: float
     vocab_size: int | None
+    kept: Tensor | None  # [M, K] the ids that each token was sampled from; -1 fills up. None: all
     numbers: list[int]  # [E] index of each episode in the step
     before: list[Scores] | None  # [E] the training code's scores with the weights before the rollout's first update
 
@@ -86,6 +87,9 @@ class Step:
     ):  # fmt: skip
         if len({(e.temperature, e.vocab_size) for e in episodes}) > 1:
             raise ValueError("the episodes of one update were sampled at different temperatures or vocabularies")
+        self.masked = any(e.kept is not None for e in episodes)
+        if self.masked and any(e.kept is None or len(e.kept) != len(e.response_ids) for e in episodes):
+            raise ValueError("an episode of the update lacks a sampling mask for its tokens, and others have one")
         self.episodes, self.device, self.before = episodes, device, before
         self.groups, self.lockstep = groups, lockstep
         loss_type, masked = ("dapo", False) if loss is None else (loss.loss_type, loss.mask_truncated)
@@ -181,6 +185,13 @@ class Step:
             answer_weight=self.answer_weight,
             temperature=self.sampled_by[0],
             vocab_size=self.sampled_by[1],
+            kept=_rows_of_ids([k for e in episodes for k in e.kept or []]).to(self.device) if self.masked else None,
             numbers=[m.number for m in members],
             before=[self.before[m.number] for m in members] if self.before is not None else None,
         )
+
+
+def _rows_of_ids(rows: list[list[int]]) -> Tensor:
+    """[M, K]; rows of fewer than K ids are filled up with -1."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)
