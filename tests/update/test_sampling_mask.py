@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from conftest import make_model
-from test_decode_graph import assert_same, decoder_for
 
 from data_types import MiniBatch
 from grpo import GRPO, compute_advantages, rollout, update_policy
@@ -118,17 +117,6 @@ def test_responses_do_not_depend_on_how_many_rows_decode(tiny_model, tokenizer):
     assert [c.response_ids for c in together] == [c.response_ids for c in few]
     assert [sorted(map(tuple, c.kept)) for c in together] == [sorted(map(tuple, c.kept)) for c in few]
     assert generate(tiny_model, PROMPTS, SamplingParams(top_k=5), tokenizer=tokenizer)[0].kept is None
-
-
-def test_recorded_steps_keep_the_same_ids(tokenizer):
-    """A step that is recorded once and replayed, as a CUDA graph is, fills the table of the kept ids, too."""
-    settings = {"top_k": 5, "top_p": 0.9, "keep_mask": True}
-    recorded = decoder_for(make_model(), tokenizer, **settings).run()
-    plain = decoder_for(make_model(), tokenizer, capture=None, **settings).run()
-    assert_same(recorded, plain)
-    for row, length in enumerate(plain.lengths.tolist()):
-        assert torch.equal(recorded.kept[row, :length], plain.kept[row, :length])
-    assert (plain.kept >= 0).any()
 
 
 def test_a_run_with_the_mask_trains_and_one_without_top_k_is_refused(tokenizer, caplog):
