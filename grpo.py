@@ -62,7 +62,7 @@ from update.losses import adapt_entropy_coef
 from update.objective import micro_batch_loss
 from update.packing import Scores, Step
 from update.scoring import score_episodes, top_entropy_masks
-from update.shaping import PENALTY_WEIGHTS, drop_zero_variance, penalise_divergence, penalise_length
+from update.shaping import PENALTY_WEIGHTS, drop_zero_variance, penalise_divergence, penalise_length, random_rewards
 from update.step_metrics import Metrics, StepTotals, reward_metrics
 
 logger = logging.getLogger(__name__)
@@ -442,6 +442,8 @@ class GRPO:
                 seed=c.seed * 1_000_003 + self.step_count + (number << 48),
                 first_group_id=(self.step_count * (1 + c.refill_rounds) + number) * P, must_be_finite=False,
             )  # fmt: skip
+            if c.random_reward:
+                episodes = random_rewards(episodes, c.random_reward, c.seed)
             if c.overlong_buffer:
                 episodes = penalise_length(episodes, c.max_new_tokens, c.overlong_buffer)
             if c.beta and c.kl_in == "reward":

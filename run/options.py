@@ -129,6 +129,8 @@ class TaskOptions:
     reward_preset: Literal["none", "grpo-zero", "correct-format-language", "lineage"] = "none"
     """A known set of weights instead of the ones above: 1.0 + 0.1 format, or 1.0 + 0.25 format + 0.10 language.
     lineage is the older name of grpo-zero."""
+    random_reward: Share = 0.0
+    """Control experiment: the reward is 1 with this probability and else 0, whatever the response is. 0: off."""
     overlong_buffer: NumberOrNone = 0
     """Soft overlong penalty (DAPO): the last so many tokens before the cap cost up to 1. 0: off."""
 

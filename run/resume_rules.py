@@ -57,6 +57,7 @@ RULES = {
     "repetition_weight": REWARDS,
     "arithmetic_weight": REWARDS,
     "reward_preset": REWARDS,
+    "random_reward": REWARDS,
     "overlong_buffer": REWARDS,
     # Rollout
     "prompts_per_step": DRAWS,
