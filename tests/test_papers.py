@@ -38,5 +38,5 @@ def test_every_row_says_how_or_why_not():
     for row in ROWS:
         assert row[1].startswith(("`--", "`benchmarks/", "not offered")), row
         assert row[1].startswith("`--") or len(row[2]) > 20, row
-    for script in re.findall(r"`((?:benchmarks|recipes)/[\w.]+)", PAGE):
+    for script in re.findall(r"`((?:benchmarks|recipes)/[\w.-]+)", PAGE):
         assert (ROOT / script).is_file(), script
