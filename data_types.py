@@ -60,6 +60,7 @@ class Completion:
     text: str
     finish_reason: FinishReason  # "stop": a stop id or stop string. "length": cut at max_new_tokens. "not_finite": cut
     # because the logits were not finite; its last id was drawn from them and has log-probability NaN
+    kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Episode:
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
     trace: dict[str, Any] | None = None  # numbers of its last update, token by token (update/token_traces.py)
+    kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
 
     @property
     def task_reward(self) -> float:

@@ -61,6 +61,36 @@ SWEEPS: dict[str, dict[str, str]] = {
         "a thought with one costs 0.1": "--steps 75 --eval-every 25 --arithmetic-weight 0.1",
         "a thought with one costs 0.3": "--steps 75 --eval-every 25 --arithmetic-weight 0.3",
     },
+    # every method that is offered under a name (docs/papers.md)
+    "methods": {
+        "grpo": TWICE,
+        "rloo": f"{TWICE} --advantage-estimator rloo --advantage-scale none",
+        "reinforce_pp": f"{TWICE} --advantage-estimator reinforce_pp --advantage-scale batch",
+        "opo": f"{TWICE} --advantage-estimator opo --advantage-scale none",
+        "maxrl": f"{TWICE} --advantage-estimator maxrl",
+        "gdpo": f"{TWICE} --advantage-estimator gdpo",
+        "pass@4": f"{TWICE} --advantage-estimator pass_at_k --pass-k 4",
+        "groups of 2": f"{TWICE} --prompts-per-step 128 --group-size 2",
+        "off-policy mask": f"{TWICE} --off-policy-threshold 0.1",
+        "sampling mask": f"{TWICE} --top-k 50 --top-p 0.95 --keep-sampling-mask",
+        "top-p, no mask": f"{TWICE} --top-k 50 --top-p 0.95",
+        "truncated importance": f"{TWICE} --importance-correction truncate_token",
+        "masked importance": f"{TWICE} --importance-correction mask_sequence",
+        "top 20% entropy": f"{TWICE} --top-entropy-share 0.2",
+    },
+    # how much of the gain is due to the reward
+    "controls": {
+        "the task's reward": ONCE,
+        "the form only": f"{ONCE} --answer-weight 0 --format-weight 1",
+        "a random reward": f"{ONCE} --random-reward 0.5",
+    },
+    # how many numbers are trained; benchmarks/update_size.py has two more ways
+    "update-size": {
+        "all weights": ONCE,
+        "LoRA, rank 32": f"{ONCE} --lora-rank 32 --lr 2e-3",
+        "LoRA, rank 8": f"{ONCE} --lora-rank 8 --lr 2e-3",
+        "LoRA, rank 1": f"{ONCE} --lora-rank 1 --lr 2e-3",
+    },
     "clipping": {
         "4 updates, clipped": FOUR,
         "4 updates, not clipped": f"{FOUR} --epsilon-low 1 --epsilon-high 1e9",

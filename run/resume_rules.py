@@ -57,6 +57,7 @@ RULES = {
     "repetition_weight": REWARDS,
     "arithmetic_weight": REWARDS,
     "reward_preset": REWARDS,
+    "random_reward": REWARDS,
     "overlong_buffer": REWARDS,
     # Rollout
     "prompts_per_step": DRAWS,
@@ -66,9 +67,11 @@ RULES = {
     "top_k": APPLIED,
     "top_p": APPLIED,
     "min_p": APPLIED,
+    "keep_sampling_mask": APPLIED,
     # Advantages
     "advantage_estimator": APPLIED,
     "advantage_scale": APPLIED,
+    "pass_k": APPLIED,
     "drop_zero_variance": APPLIED,
     "refill_rounds": APPLIED,
     # Loss
@@ -83,6 +86,7 @@ RULES = {
     "top_entropy_share": APPLIED,
     "importance_correction": APPLIED,
     "importance_cap": APPLIED,
+    "off_policy_threshold": APPLIED,
     "beta": APPLIED,
     "kl": APPLIED,
     "kl_in": APPLIED,

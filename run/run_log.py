@@ -76,7 +76,9 @@ class RunLog:
         self._share = config.log_samples
         self._texts: dict[str, str] = {}  # for the trackers, with the metrics of their step
         self._complaints: set[str] = set()
-        self._texts: dict[int, str] = {}  # token id -> its text: a step has thousands of tokens and few different ones
+        self._token_texts: dict[
+            int, str
+        ] = {}  # token id -> its text: a step has thousands of tokens and few different ones
         machine = json.dumps(describe_machine(), indent=1) + "\n"
         self._try("machine.json", lambda: (self.run_dir / "machine.json").write_text(machine, encoding="ascii"))
         self.history = History(total_steps, config.eval_every if config.eval_problems else None)
@@ -161,12 +163,12 @@ class RunLog:
     def _tokens(self, episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         """The response token by token: text, log-probability under the sampler, and the part in the update."""
         for token_id in episode.response_ids:
-            if token_id not in self._texts:
-                self._texts[token_id] = decode([token_id])
+            if token_id not in self._token_texts:
+                self._token_texts[token_id] = decode([token_id])
         found = {
             "prompt_ids": episode.prompt_ids,
             "token_ids": episode.response_ids,
-            "tokens": [self._texts[token_id] for token_id in episode.response_ids],
+            "tokens": [self._token_texts[token_id] for token_id in episode.response_ids],
             "token_logprobs": _rounded(episode.logprobs),
         }
         return found | {"update": episode.trace} if episode.trace else found

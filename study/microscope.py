@@ -193,10 +193,10 @@ def _micro_batch(records: list[Record]) -> MicroBatch:
         before = [Scores(torch.tensor(r["update"]["rollout_logp"], dtype=torch.float64)) for r in records]
     return MicroBatch(
         ids=nothing, positions=nothing, layout=Layout.shared_prefix([1], [[]]), predicting_rows=nothing,
-        targets=nothing, old_logp=drawn, weights=torch.ones_like(drawn),
+        targets=nothing, old_logp=drawn, weights=torch.ones_like(drawn), mean_weights=torch.ones_like(drawn),
         advantages=torch.tensor([r["advantage"] for r in records], dtype=torch.float64),
         lengths=torch.tensor([len(r["tokens"]) for r in records]), answer_weight=0.0, temperature=1.0, vocab_size=None,
-        numbers=list(range(len(records))), before=before,
+        kept=None, numbers=list(range(len(records))), before=before,
     )  # fmt: skip
 
 

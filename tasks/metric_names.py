@@ -11,7 +11,7 @@ from collections.abc import Iterable
 RUN_NAMES = frozenset([
     "step", "loss", "policy_loss", "kl", "entropy", "entropy_coef", "grad_norm", "learning_rate", "num_tokens",
     "step_time", "loss_scale", "reward", "reward_std", "frac_reward_zero_std", "frac_reward_missing", "mean_length",
-    "clipped_ratio", "overlong", "solved", "full_format", "sums", "false_sums", "greedy",
+    "clipped_ratio", "overlong", "random", "solved", "full_format", "sums", "false_sums", "greedy",
 ])  # fmt: skip
 RUN_GROUPS = frozenset([
     "rewards", "completions", "clip_ratio", "ratio", "sampling", "update", "rollout", "memory", "rank", "curriculum",

@@ -64,6 +64,9 @@ class JudgedInWorker(Task):
     def prompt(self, problem: Problem) -> list[Message]:
         return self.task.prompt(problem)
 
+    def part_weights(self) -> dict[str, float]:
+        return self.task.part_weights()
+
     def check_reward(self) -> None:
         """Ask for one reward before time is spent. Raises ValueError for a mistake that every call would repeat."""
         try:

@@ -129,17 +129,24 @@ class Task:
         text = whole_text(problem, response)
         answer = answer_block(text)
         parts = {"format": format_reward(text), "answer": 0.0 if answer is None else self.score(problem, answer)}
-        weights = {"format": self.format_weight, "answer": self.answer_weight}
         if self.language_weight:
             parts["language"] = language_consistency(think_block(text), self.language)
-            weights["language"] = self.language_weight
         if self.repetition_weight:
             parts["repetition"] = repetition_penalty(think_block(text))
-            weights["repetition"] = self.repetition_weight
         if self.arithmetic_weight:
             parts["arithmetic"] = arithmetic_penalty(think_block(text))
-            weights["arithmetic"] = self.arithmetic_weight
+        weights = self.part_weights()
         return Reward(sum(weights[name] * part for name, part in parts.items()), parts)
+
+    def part_weights(self) -> dict[str, float]:
+        """Weight of each reward part in the total, by name. GDPO takes 1 for a part that has none here."""
+        return {
+            "format": self.format_weight,
+            "answer": self.answer_weight,
+            "language": self.language_weight,
+            "repetition": self.repetition_weight,
+            "arithmetic": self.arithmetic_weight,
+        }
 
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         """Numbers of a response that are logged as means, but not rewarded.

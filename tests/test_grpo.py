@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import random
+import statistics
 from contextlib import nullcontext
 
 import pytest
@@ -374,7 +375,7 @@ def test_a_missing_reward_is_no_part_of_the_reported_mean():
     episodes = [dataclasses.replace(e, problem=EvenLetters().train_problem(0)) for e in episodes]
     metrics = grpo.reward_metrics(episodes, EvenLetters())
     assert metrics["reward"] == pytest.approx(0.5)
-    assert metrics["reward_std"] == pytest.approx(0.25)
+    assert metrics["reward_std"] == pytest.approx(statistics.stdev([0.0, 1.0, 0.5, 0.5]))
     assert metrics["frac_reward_zero_std"] == 0.5
 
 
@@ -701,6 +702,7 @@ def test_a_round_trip_through_the_state_changes_nothing(tokenizer, changes):
     second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     second.step_count = first.step_count
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     again = take_steps(second, 4, 5)
     for old, new in zip(told[3:], again):
         assert {k: v for k, v in old.items() if k not in TIMING} == {k: v for k, v in new.items() if k not in TIMING}
@@ -774,3 +776,62 @@ def test_the_class_without_arguments_is_the_bundled_model_with_its_preset():
     assert trainer.model.dtype == torch.float32
     assert trainer.reference is None
     assert math.isfinite(trainer.train_step("What is 12 + 7 * 3?", "33"))
+
+
+# --- metrics with the meaning that they have in TRL
+
+
+def trl_deviation(values) -> float:
+    """`trl.trainer.utils.nanstd` of TRL 1.16: the metrics `reward_std` and `rewards/<part>/std`."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    return utils.nanstd(torch.tensor(values, dtype=torch.float64)).item()
+
+
+def test_deviations_of_rewards_are_those_of_trl():
+    """CHECKLIST 65: over all episodes, divisor n - 1, missing rewards left out."""
+    rewards = [0.0, 1.0, math.nan, 0.5, 0.7, 2.0]
+    episodes = [
+        dataclasses.replace(e, problem=EvenLetters().train_problem(0), reward_parts={"answer": e.reward})
+        for e in with_rewards(rewards, [0, 0, 0, 1, 1, 1])
+    ]
+    metrics = grpo.reward_metrics(episodes, EvenLetters())
+    assert metrics["reward_std"] == pytest.approx(trl_deviation(rewards))
+    assert metrics["rewards/answer/std"] == pytest.approx(trl_deviation(rewards))
+    assert grpo.reward_metrics(episodes[:1], EvenLetters())["reward_std"] == 0.0
+    episodes[0] = dataclasses.replace(episodes[0], reward=math.inf)
+    assert grpo.reward_metrics(episodes, EvenLetters())["reward_std"] == pytest.approx(trl_deviation(rewards[1:]))
+
+
+def test_the_number_of_tokens_adds_up_and_goes_on_after_a_resume(tiny_model, tokenizer):
+    """CHECKLIST 65: prompt and response of every episode, since the start of the run."""
+    trainer = make_trainer(tiny_model, tokenizer)
+    counted = 0
+    for step in (1, 2):
+        batch = MiniBatch.from_problems(trainer.task.problems("train", 3, start=3 * step), tokenizer)
+        episodes, metrics = trainer.step(batch)
+        counted += sum(len(e.prompt_ids) + len(e.response_ids) for e in episodes)
+        assert metrics["num_tokens"] == counted
+    resumed = make_trainer(make_model(), tokenizer)
+    resumed.load_state_dict(trainer.state_dict())
+    _, metrics = resumed.step(batch)
+    assert metrics["num_tokens"] > counted
+    older = {name: value for name, value in trainer.state_dict().items() if name != "num_tokens"}
+    resumed.load_state_dict(older)
+    assert resumed.num_tokens == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_entropy_bonus_is_the_mean_token_entropy_for_every_loss(tiny_model, loss_type):
+    """CHECKLIST 65: the bonus lowers the loss by coefficient * entropy metric, and has the same gradient for all."""
+    episodes = [dataclasses.replace(e, advantage=0.0) for e in near(tiny_model, make_episodes(n=3))]
+    options = {"entropy_coef": 0.5, "max_new_tokens": 50}
+    gradients, metrics = gradients_of(tiny_model, episodes, loss_type=loss_type, **options)
+    assert metrics["loss"] - metrics["policy_loss"] == pytest.approx(-0.5 * metrics["entropy"], rel=1e-5)
+    assert_same(gradients, gradients_of(tiny_model, episodes, loss_type="dapo", **options)[0])
+
+
+def test_the_entropy_bonus_leaves_masked_responses_out(tiny_model):
+    episodes = near(tiny_model, make_episodes(n=3))
+    episodes[0] = dataclasses.replace(episodes[0], finish_reason="length")
+    _, metrics = gradients_of(tiny_model, episodes, loss_type="grpo", mask_truncated=True, entropy_coef=0.5)
+    assert metrics["loss"] - metrics["policy_loss"] == pytest.approx(-0.5 * metrics["entropy"], rel=1e-5)

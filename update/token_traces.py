@@ -61,10 +61,15 @@ class TokenTraces:
         self.facts: dict[str, Any] = {}
         self._weights: dict[int, float] = {}
         self._parts: list[tuple[MicroBatch, dict[str, Tensor]]] = []
+        self._loss_scale = 1.0
 
-    def clear(self) -> None:
-        """Forget all micro-batches. The gradient is computed again, in smaller ones, if memory ran out."""
+    def clear(self, loss_scale: float = 1.0) -> None:
+        """Forget all micro-batches: the gradient is computed again if memory ran out or an fp16 gradient overflowed.
+
+        loss_scale: the loss is multiplied by it before the backward pass. Coefficients are those without it.
+        """
         self._parts.clear()
+        self._loss_scale = loss_scale
 
     def watch(
         self, micro: MicroBatch, logp: Tensor, entropy: Tensor, mask: Tensor | None, ref_logp: Tensor | None
@@ -74,9 +79,10 @@ class TokenTraces:
             return
         kept = {"logp": logp.detach(), "entropy": entropy.detach(), "mask": mask, "ref_logp": ref_logp}
         part = {name: values for name, values in kept.items() if values is not None}
+        scale = self._loss_scale
 
         def keep_coefficient(gradient: Tensor) -> None:
-            part["coefficient"] = gradient.detach().clone()
+            part["coefficient"] = gradient.detach() / scale
 
         logp.register_hook(keep_coefficient)
         self._parts.append((micro, part))

@@ -355,3 +355,14 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer):
     assert stop_string_end(ids[4:], 2, ("ab",), tokenizer) == 4
     assert stop_string_end(ids[:5], 1, ("bx",), tokenizer) == 5
     assert stop_string_end(ids, 8, ("abc",), tokenizer) is None
+
+
+def test_recorded_steps_keep_the_same_ids(tokenizer):
+    """A step that is recorded once and replayed, as a CUDA graph is, fills the table of the kept ids, too."""
+    settings = {"top_k": 5, "top_p": 0.9, "keep_mask": True}
+    recorded = decoder_for(make_model(), tokenizer, **settings).run()
+    plain = decoder_for(make_model(), tokenizer, capture=None, **settings).run()
+    assert_same(recorded, plain)
+    for row, length in enumerate(plain.lengths.tolist()):
+        assert torch.equal(recorded.kept[row, :length], plain.kept[row, :length])
+    assert (plain.kept >= 0).any()

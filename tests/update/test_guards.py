@@ -83,8 +83,8 @@ def test_a_log_probability_of_the_policy_is_named_with_its_episode(tiny_model, m
     """CHECKLIST 44: the model says NaN of one token only, in every pass."""
     real = scoring.token_logprobs
 
-    def nan_for_token_12(hidden, weight, targets, *args):
-        logp, entropy = real(hidden, weight, targets, *args)
+    def nan_for_token_12(hidden, weight, targets, *args, **kept):
+        logp, entropy = real(hidden, weight, targets, *args, **kept)
         return torch.where(targets == 12, math.nan, logp), entropy
 
     monkeypatch.setattr(scoring, "token_logprobs", nan_for_token_12)
