@@ -133,7 +133,7 @@ def refusal(source: str, **variables) -> str:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_soon_in_one_line(name, short):
-    """Seconds of processor time, unbounded they take from minutes to forever. And this process holds none of it."""
+    """CHECKLIST 65: unbounded, they take from minutes to forever. And this process holds none of their memory."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     refusal(HOSTILE[name])
     assert time.process_time() - start < 5

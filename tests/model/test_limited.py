@@ -94,7 +94,7 @@ def test_a_child_that_was_killed_from_outside_costs_one_error():
 
 
 def test_an_interrupt_leaves_no_reply_behind():
-    """The reply of the call that Ctrl-C ended must not become the value of the next one."""
+    """CHECKLIST 65: The reply of the call that Ctrl-C ended must not become the value of the next one."""
     child_pid()
 
     def interrupt(*_):

@@ -64,6 +64,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_end_soon_in_one_line(name, tmp_path, monkeypatch):
+    """CHECKLIST 65: and this process holds none of their memory."""
     monkeypatch.setattr(tokenizer_file, "TRIAL_CPU_S", 1)
     path = write_file(tmp_path, **HOSTILE[name])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
