@@ -788,7 +788,7 @@ def trl_deviation(values) -> float:
 
 
 def test_deviations_of_rewards_are_those_of_trl():
-    """CHECKLIST 65: over all episodes, divisor n - 1, missing rewards left out."""
+    """CHECKLIST 67: over all episodes, divisor n - 1, missing rewards left out."""
     rewards = [0.0, 1.0, math.nan, 0.5, 0.7, 2.0]
     episodes = [
         dataclasses.replace(e, problem=EvenLetters().train_problem(0), reward_parts={"answer": e.reward})
@@ -803,7 +803,7 @@ def test_deviations_of_rewards_are_those_of_trl():
 
 
 def test_the_number_of_tokens_adds_up_and_goes_on_after_a_resume(tiny_model, tokenizer):
-    """CHECKLIST 65: prompt and response of every episode, since the start of the run."""
+    """CHECKLIST 67: prompt and response of every episode, since the start of the run."""
     trainer = make_trainer(tiny_model, tokenizer)
     counted = 0
     for step in (1, 2):
@@ -822,7 +822,7 @@ def test_the_number_of_tokens_adds_up_and_goes_on_after_a_resume(tiny_model, tok
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_entropy_bonus_is_the_mean_token_entropy_for_every_loss(tiny_model, loss_type):
-    """CHECKLIST 65: the bonus lowers the loss by coefficient * entropy metric, and has the same gradient for all."""
+    """CHECKLIST 67: the bonus lowers the loss by coefficient * entropy metric, and has the same gradient for all."""
     episodes = [dataclasses.replace(e, advantage=0.0) for e in near(tiny_model, make_episodes(n=3))]
     options = {"entropy_coef": 0.5, "max_new_tokens": 50}
     gradients, metrics = gradients_of(tiny_model, episodes, loss_type=loss_type, **options)

@@ -212,7 +212,7 @@ DECLARED = {
 
 @pytest.mark.parametrize("form", DECLARED)
 def test_tokens_of_the_tokenizer_config_are_registered(form, tmp_path):
-    """A token that tokenizer.json has in its vocabulary only would be split into letters."""
+    """CHECKLIST 68: A token that tokenizer.json has in its vocabulary only would be split into letters."""
     ours = assert_as_transformers(write_words(tmp_path / "a", DECLARED[form]))
     ours.save_pretrained(tmp_path / "b")
     assert_as_transformers(tmp_path / "b")

@@ -35,7 +35,7 @@ def advantages(rewards, groups=None, parts=None, lengths=None, **options) -> lis
 
 @pytest.mark.parametrize("right", range(1, 8))
 def test_maxrl_of_right_and_wrong_answers(right):
-    """CHECKLIST 64: K right responses of N: N / K - 1 for them and -1 for the others (arXiv 2602.02710)."""
+    """CHECKLIST 66: K right responses of N: N / K - 1 for them and -1 for the others (arXiv 2602.02710)."""
     found = advantages([1.0] * right + [0.0] * (8 - right), estimator="maxrl", epsilon=0.0)
     assert found == pytest.approx([8 / right - 1] * right + [-1.0] * (8 - right))
 
@@ -91,7 +91,7 @@ def counted(rewards, k):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_pass_at_k_equals_all_subsets_counted(k):
-    """CHECKLIST 64: rewards with ties, in any order, also negative ones."""
+    """CHECKLIST 66: rewards with ties, in any order, also negative ones."""
     generator = random.Random(k)
     for _ in range(10):
         rewards = [generator.choice([-0.3, 0.0, 0.1, 1.0, 1.1]) for _ in range(6)]
@@ -142,7 +142,7 @@ def published_gdpo(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def test_gdpo_equals_the_published_formula():
-    """CHECKLIST 64: each part in its group, the weighted sum over the batch; groups in any order."""
+    """CHECKLIST 66: each part in its group, the weighted sum over the batch; groups in any order."""
     generator = torch.Generator().manual_seed(0)
     parts = torch.rand(3, 4, 2, generator=generator, dtype=torch.float64)
     wanted = published_gdpo(parts, torch.tensor([0.1, 1.0], dtype=torch.float64)).flatten()

@@ -32,7 +32,7 @@ def problems():
 
 
 def test_the_random_reward_depends_on_seed_problem_and_index_only(problems):
-    """CHECKLIST 64"""
+    """CHECKLIST 66"""
     episodes = episodes_of(problems)
     values = [e.reward for e in random_rewards(episodes, 0.3, seed=0)]
     others = [dataclasses.replace(e, text="other", response_ids=[7, 8], group_id=e.group_id + 50) for e in episodes]

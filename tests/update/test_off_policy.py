@@ -15,7 +15,7 @@ LENGTHS = torch.tensor([3, 1, 0, 2])
 
 
 def test_only_unlikely_responses_of_negative_advantage_are_left_out():
-    """CHECKLIST 64: the mean over the response decides, and a mean at the threshold stays."""
+    """CHECKLIST 66: the mean over the response decides, and a mean at the threshold stays."""
     old = torch.zeros(6)
     logp = torch.tensor([-0.5, -1.5, -1.0, -9.0, -1.0, -1.5])  # means of the drift: 1, 9 and 1.25
     for advantages, threshold, expected in (

@@ -31,7 +31,7 @@ def restricted(logits, kept) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [3, 7, 20, None])
 def test_log_probability_entropy_and_gradients_are_those_over_the_kept_ids(chunk, temperature):
-    """CHECKLIST 64: slices of the vocabulary without a kept id, rows of different numbers of ids, one id alone."""
+    """CHECKLIST 66: slices of the vocabulary without a kept id, rows of different numbers of ids, one id alone."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 8, generator=generator, requires_grad=True)
     weight = torch.randn(20, 8, generator=generator, requires_grad=True)
@@ -79,7 +79,7 @@ def test_what_is_kept_is_what_the_filters_left():
 
 @pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_k": 6, "top_p": 0.8}, {"top_k": 500, "min_p": 0.2}])
 def test_the_trainer_scores_what_the_sampler_drew_from(tiny_model, tokenizer, settings):
-    """CHECKLIST 64: the ratio of a first update is 1, which it is not over the whole vocabulary."""
+    """CHECKLIST 66: the ratio of a first update is 1, which it is not over the whole vocabulary."""
     params = SamplingParams(n=3, max_new_tokens=12, temperature=0.9, keep_mask=True, **settings)
     trainer = GRPO(Config(prompt_style="short", device="cpu"), model=tiny_model, tokenizer=tokenizer)
     batch = MiniBatch.from_problems(trainer.task.problems("train", 2), tokenizer)
