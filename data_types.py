@@ -78,6 +78,7 @@ class Episode:
     finish_reason: FinishReason
     reward: float = math.nan  # NaN: the reward could not be computed; the episode gets advantage 0
     reward_parts: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float] | None = None  # the task's, of this response; None: not computed
     unshaped_reward: float | None = None  # `reward` before the trainer's penalties; None: there were none
     advantage: float = 0.0
     temperature: float = 1.0

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from data_types import Episode, MiniBatch, Problem, Reward
+from data_types import Completion, Episode, MiniBatch, Problem, Reward
 from math_task import task_from_config
 from model.linear import gradients_in_place
 from model.lora import add_lora, has_lora, trainable
@@ -105,8 +105,7 @@ def rollout(
     episodes = []
     for completion in completions:
         problem = batch.problems[completion.prompt_index]
-        broken = completion.finish_reason == "not_finite"
-        reward = Reward(math.nan, {}) if broken else task.reward(problem, completion.text)
+        reward, diagnostics = _judged(task, problem, completion)
         check_names("reward part", reward.parts)
         episodes.append(
             Episode(
@@ -118,6 +117,7 @@ def rollout(
                 finish_reason=completion.finish_reason,
                 reward=reward.total,
                 reward_parts={**reward.parts},
+                diagnostics=diagnostics,
                 temperature=sampling.temperature or 1.0,
                 vocab_size=tokenizer.vocab_size,
                 problem=problem,
@@ -125,6 +125,15 @@ def rollout(
             )
         )
     return episodes if alone else distributed.gather(episodes)
+
+
+def _judged(task: Any, problem: Problem | None, completion: Completion) -> tuple[Reward, dict[str, float] | None]:
+    """Reward and diagnostics of a response. None: no diagnostics without a reward, or without a problem."""
+    if completion.finish_reason == "not_finite":
+        return Reward(math.nan, {}), None
+    if problem is None or not isinstance(task, Task):  # any object with a reward
+        return task.reward(problem, completion.text), None
+    return task.judge(problem, completion.text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

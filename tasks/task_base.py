@@ -68,6 +68,7 @@ class Task:
     repetition_weight: float = 0.0  # 0: off. The part is minus the share of repeated phrases in the thought
     arithmetic_weight: float = 0.0  # 0: off. The part is -1 for a thought that contains a false sum
     prompt_style: str = "full"  # "full": system message and instructions; "short": the bare question, for tiny models
+    _judged: ClassVar[tuple[Problem, str, Reward] | None] = None  # by `judge`, for `diagnostics`
     data_summary: str = field(default="", init=False, repr=False)  # one line: which files or rows are which split
 
     def __post_init__(self) -> None:
@@ -148,6 +149,12 @@ class Task:
             "arithmetic": self.arithmetic_weight,
         }
 
+    def judge(self, problem: Problem, response: str) -> tuple[Reward, dict[str, float]]:
+        """Reward and diagnostics of a response. The reward is called once, although the default diagnostics need it."""
+        reward = self.reward(problem, response)
+        self._judged = problem, response, reward  # type: ignore[misc]
+        return reward, self.diagnostics(problem, response)
+
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         """Numbers of a response that are logged as means, but not rewarded.
 
@@ -155,7 +162,9 @@ class Task:
         has partial credit (only if the reward has this part). sums: equalities in the thought. false_sums: the wrong
         share of them, 0.0 without equalities. A policy whose thought is not rewarded can learn to write false sums.
         """
-        parts = self.reward(problem, response).parts
+        judged = self._judged
+        known = judged is not None and judged[0] is problem and judged[1] == response
+        parts = judged[2].parts if judged is not None and known else self.reward(problem, response).parts
         wrong, total = false_sums(think_block(whole_text(problem, response)))
         found = {"solved": float(parts.get("answer", 0.0) == 1.0)}
         if "format" in parts:

@@ -117,7 +117,10 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         values = values[~values.isnan()]
         metrics[f"rewards/{part}/mean"] = values.mean().item()
         metrics[f"rewards/{part}/std"] = _deviation(values.tolist())
-    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes if e.problem is not None]
+    diagnostics = [e.diagnostics for e in episodes if e.diagnostics is not None]
+    diagnostics += [
+        task.diagnostics(e.problem, e.text) for e in episodes if e.diagnostics is None and e.problem is not None
+    ]
     names = dict.fromkeys(name for d in diagnostics for name in d)
     check_names("diagnostic", names.keys() - TASK_DIAGNOSTICS)
     return metrics | {name: fmean(d[name] for d in diagnostics if name in d) for name in names}
