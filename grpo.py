@@ -38,6 +38,7 @@ import torch
 
 from data_types import Completion, Episode, MiniBatch, Problem, Reward
 from math_task import task_from_config
+from model.compiled import compiled_functions
 from model.linear import gradients_in_place
 from model.lora import add_lora, has_lora, trainable
 from model.memory import halve_when_out_of_memory
@@ -478,6 +479,10 @@ class GRPO:
         """All updates of a rollout. Returns the metrics of the last one, with `sampling/...` of the first one.
 
         The difference between sampler and trainer is measured at equal weights, so only the first update shows it."""
+        with compiled_functions(self.config.compile):
+            return self._update(episodes)
+
+    def _update(self, episodes: list[Episode]) -> Metrics:
         c, before = self.config, None
         loss = c if c.entropy_target is None else replace(c, entropy_coef=self.applied_entropy_coef)
         if c.updates_per_rollout > 1 and c.needs_rollout_scores:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.compiled import compilable
 from model.linear import gradient_in_place
 
 REMOVED = -1e30  # logit of an id that was not to be sampled: probability 0, and finite, so that 0 times it is 0
@@ -172,17 +173,26 @@ def _slice_statistics(
     """[3, M]: logsumexp of the slice, mean logit under its softmax, the target's logit (0 if in another slice)."""
     stats = logits.new_empty(3, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
     for tile in _tiles(logits):
-        z = _only_kept(scale_logits(logits[tile], temperature), lo, None if kept is None else kept[tile])
-        inside, column = _find_targets(targets[tile], lo, z.shape[1])
-        stats[2, tile] = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
-        top = z.amax(-1, keepdim=True)
-        e = z.sub_(top).exp()  # in place: z may be a view of the slice, which the next slice overwrites anyway
-        total = e.sum(-1)
-        stats[0, tile] = total.log() + top.squeeze(1)
-        stats[1, tile] = e.mul_(z).sum(-1) / total + top.squeeze(1)
+        kept_here = None if kept is None else kept[tile]
+        stats[:, tile] = _tile_statistics(logits[tile], targets[tile], lo, temperature, kept_here)
     return stats
 
 
+@compilable
+def _tile_statistics(
+    logits: Tensor, targets: Tensor, lo: int, temperature: float, kept: Tensor | None = None
+) -> Tensor:
+    z = _only_kept(scale_logits(logits, temperature), lo, kept)
+    inside, column = _find_targets(targets, lo, z.shape[1])
+    target_logit = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
+    top = z.amax(-1, keepdim=True)
+    e = z.sub_(top).exp()  # in place: z may be a view of the slice, which the next slice overwrites anyway
+    total = e.sum(-1)
+    mean = e.mul_(z).sum(-1) / total + top.squeeze(1)
+    return torch.stack([total.log() + top.squeeze(1), mean, target_logit])
+
+
+@compilable
 def _logit_gradient(
     logits: Tensor, targets: Tensor, lo: int, lse: Tensor, entropy: Tensor, grads: tuple[Tensor, Tensor | None],
     temperature: float, kept: Tensor | None = None,

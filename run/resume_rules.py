@@ -103,6 +103,7 @@ RULES = {
     "updates_per_rollout": APPLIED,
     "micro_batch_tokens": APPLIED,
     "gradient_checkpointing": APPLIED,
+    "compile": APPLIED,
     "max_grad_norm": APPLIED,
     "max_refusals": APPLIED,
     # Optimizer
