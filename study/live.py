@@ -1,0 +1,105 @@
+"""What pages/qwen2.js needs to run a checkpoint in a browser, and a problem that shows something.
+
+facts["live"] = live([model], tokenizer, description, ("<|im_start|>user\\n", "[3, 5, 2] = 13", "..."))
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from data_types import Problem
+from math_task import CountdownTask
+from qwen2_llm import Qwen2ForCausalLM
+from rollout.generation import generate
+from rollout.sampling import SamplingParams
+from run.config import load_config, preset_for
+from run.options import BUNDLED_CKPT
+from tokenizer import Tokenizer
+
+LIVE_PARAMETERS = 5_000_000  # a page with more weights would take a browser too long
+CANDIDATES = 24  # problems among which one is looked for
+
+
+def why_not_live(parameters: int, description: dict[str, Any]) -> str | None:
+    """Why a browser cannot run a checkpoint, in words; None: it can. `description`: its tokenizer.json."""
+    if parameters > LIVE_PARAMETERS:
+        return f"the model has {parameters:,} parameters, and a page can run at most {LIVE_PARAMETERS:,}"
+    if not reads_like_qwen2(description):
+        return "the model's tokenizer is of another kind than Qwen2's, and the page's script reads no other"
+    return None
+
+
+def reads_like_qwen2(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is of the kind that qwen2.js reads: NFC, one split, bytes as letters, merges."""
+    normalizer, splits = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
+    kinds = [part.get("type") for part in splits.get("pretokenizers", [])]
+    model = description["model"]
+    plain = model.get("type") == "BPE" and not model.get("ignore_merges")
+    return plain and normalizer.get("type") == "NFC" and kinds == ["Split", "ByteLevel"]
+
+
+def live(
+    models: Sequence[Qwen2ForCausalLM], tokenizer: Tokenizer, description: dict[str, Any], prompt: tuple[str, str, str],
+    trained: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that qwen2.js and live.js need; weights are base64 of little-endian fp32.
+
+    prompt: the text before the question, the question, the text behind it. trained: `countdown_form()` of a model that
+    knows nothing else.
+    """
+    names = sorted(dict(models[0].named_parameters()))
+    return {
+        "tokenizer": description,
+        "stop": list(tokenizer.eos_token_ids),
+        "vocab_size": tokenizer.vocab_size,
+        "before": prompt[0],
+        "question": prompt[1],
+        "after": prompt[2],
+        "trained": trained,
+        "frequencies": models[0].model.rope.compute_frequencies().tolist(),
+        "shapes": [[name, list(models[0].get_parameter(name).shape)] for name in names],
+        "weights": [base64_fp32(m.get_parameter(name) for name in names) for m in models],
+    }
+
+
+def base64_fp32(tensors: Iterable[torch.Tensor]) -> str:
+    flat = torch.cat([t.detach().float().flatten() for t in tensors])
+    return base64.b64encode(flat.numpy().astype("<f4").tobytes()).decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems of the bundled model
+
+
+def countdown_form() -> dict[str, Any]:
+    """The problems that the bundled model was trained on: letters of a question, how many numbers, and their range."""
+    preset = load_config(preset_for(BUNDLED_CKPT))
+    return {
+        "alphabet": "0123456789[], =",
+        "counts": [min(preset.numbers), max(preset.numbers)],
+        "range": [preset.min_number, preset.max_number],
+    }
+
+
+def telling_problem(models: Sequence[Qwen2ForCausalLM], tokenizer: Tokenizer) -> Problem:
+    """A held-out problem whose greedy responses show something, for the page to open with.
+
+    One model: it tries at least two sums, and its answer is right. Two: the first model's answer is wrong and the
+    second one's is right. Otherwise a problem that the last model solves, and otherwise the first of all.
+    """
+    preset = load_config(preset_for(BUNDLED_CKPT))
+    task = CountdownTask(
+        numbers=preset.numbers, min_number=preset.min_number, max_number=preset.max_number, prompt_style="short"
+    )
+    problems = task.test_problems(CANDIDATES)
+    prompts = [tokenizer.render_chat(p.messages) + p.response_prefix for p in problems]
+    greedy = SamplingParams(n=1, max_new_tokens=96, temperature=0.0)
+    texts = [[c.text for c in generate(model, prompts, greedy, tokenizer=tokenizer)] for model in models]
+    right = [[task.reward(p, text).parts["answer"] == 1.0 for p, text in zip(problems, column)] for column in texts]
+    solved = [i for i in range(len(problems)) if right[-1][i]]
+    telling = [i for i in solved if (not right[0][i] if len(models) > 1 else texts[0][i].count("\n") > 2)]
+    return problems[next(iter([*telling, *solved]), 0)]

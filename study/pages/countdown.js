@@ -1,0 +1,57 @@
+// Is the answer to a Countdown problem right? Only digits, + - * / and parentheses are read, by a parser of a few lines: an
+// answer is data, never code.
+"use strict";
+
+function verdict(text, question, cut = 0) {
+  const answer = text.split("</think>").at(-1).match(/<answer>([^<]*)<\/answer>/);
+  const problem = question.match(/\[([\d,\s]+)\]\s*=\s*(\d+)/);
+  if (!answer) return cut ? `cut after ${cut} tokens, without an answer` : "no answer in <answer> tags";
+  if (!problem) return "";
+  const value = calculate(answer[1]), used = (answer[1].match(/\d+/g) ?? []).map(Number).sort((a, b) => a - b);
+  const given = problem[1].split(",").map(Number).sort((a, b) => a - b);
+  if (value === null) return `${answer[1].trim()} is no expression`;
+  const each = used.join() === given.join();
+  const right = each && Math.abs(value - Number(problem[2])) < 1e-9;
+  return `${answer[1].trim()} = ${Number(value.toFixed(4))}: ${right ? "right" : each ? "not the target" : "not every number once"}`;
+}
+
+function calculate(text) {
+  const tokens = text.match(/\d+|[-+*/()]/g) ?? [];
+  if (tokens.join("") !== text.replace(/\s/g, "") || tokens.length > 64) return null;
+  let at = 0;
+  const atom = () => {
+    if (tokens[at] === "(") {
+      at += 1;
+      const value = sum();
+      return tokens[at++] === ")" ? value : NaN;
+    }
+    return /^\d+$/.test(tokens[at] ?? "") ? Number(tokens[at++]) : NaN;
+  };
+  const product = () => {
+    let value = atom();
+    while (tokens[at] === "*" || tokens[at] === "/") value = tokens[at++] === "*" ? value * atom() : value / atom();
+    return value;
+  };
+  const sum = () => {
+    let value = product();
+    while (tokens[at] === "+" || tokens[at] === "-") value = tokens[at++] === "+" ? value + product() : value - product();
+    return value;
+  };
+  const value = sum();
+  return at === tokens.length && Number.isFinite(value) ? value : null;
+}
+
+// What a problem asks of a model that has learnt one form of problem only; "" if nothing.
+function complaint(question, trained) {
+  if (!trained) return "";
+  const foreign = [...new Set(Array.from(question).filter((c) => !trained.alphabet.includes(c)))];
+  if (foreign.length) return `This model has never seen ${foreign.map(visible).join(" ")}. It answers all the same, but the answer means nothing.`;
+  const found = question.match(/^\[(\d+(?:, \d+)*)\] = (\d+)$/), numbers = found?.[1].split(", ").map(Number);
+  if (!found) return "This model knows problems of the form [3, 5, 2] = 13 only: numbers with a comma and a blank between them.";
+  const [few, many] = trained.counts, [low, high] = trained.range;
+  if (numbers.length < few || numbers.length > many || numbers.some((n) => n < low || n > high))
+    return `This model was trained on ${few} to ${many} numbers from ${low} to ${high}; beyond that it guesses.`;
+  return "";
+}
+
+if (typeof module !== "undefined") module.exports = { verdict, calculate, complaint };
