@@ -163,14 +163,11 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         complain(f"explain.py: {one_line(error)}")
         return 2
-    with reader_may_go():
-        print_text(facts, ReaderMayGo(width=None if sys.stdout.isatty() else 160))
-        if not options.text:
-            size, kind = (
-                options.out.stat().st_size / 1e6,
-                f"static: {facts['not_live']}" if facts["not_live"] else "live",
-            )
-            print(clean(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})"))
+    print_text(facts, Console(width=None if sys.stdout.isatty() else 160))
+    if not options.text:
+        size = options.out.stat().st_size / 1e6
+        kind = f"static: {facts['not_live']}" if facts["not_live"] else "live"
+        say(f"the page: {options.out} ({size:.1f} MB, needs no network; {kind})")
     return 0
 
 
