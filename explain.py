@@ -34,7 +34,7 @@ from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
 from run.terminal import complain, run_program, say
 from study.anatomy import compare, look
-from study.live import LIVE_PARAMETERS, countdown_form, live, telling_problem, why_not_live
+from study.live import LIVE_PARAMETERS, countdown_form, live, refuse_unknown_letters, telling_problem, why_not_live
 from study.tables import print_text
 from tokenizer import Tokenizer
 
@@ -78,6 +78,9 @@ def explain(options: Options) -> dict[str, Any]:
         models.append(load_pretrained(after, torch.float32)[0])
         names.append(after.name)
     parameters = sum(p.numel() for p in model.parameters())
+    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    trained = None if options.raw else countdown_form(description)
+    refuse_unknown_letters(options.prompt or "", trained)
     prompt = prompt_pieces(options, tokenizer, models)
     ids = tokenizer.encode("".join(prompt))
     if not ids:
@@ -91,10 +94,9 @@ def explain(options: Options) -> dict[str, Any]:
     facts["looks"] = [
         look(m, tokenizer, text, layers=options.layers, heads=options.heads, start=len(ids) - 1) for m in models
     ]
-    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     facts["not_live"] = why_not_live(parameters, description)
     if facts["not_live"] is None:
-        facts["live"] = live(models, tokenizer, description, prompt, None if options.raw else countdown_form())
+        facts["live"] = live(models, tokenizer, description, prompt, trained)
     return facts
 
 

@@ -6,6 +6,7 @@ facts["live"] = live([model], tokenizer, description, ("<|im_start|>user\\n", "[
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from rollout.generation import generate
 from rollout.sampling import SamplingParams
 from run.config import load_config, preset_for
 from run.options import BUNDLED_CKPT
+from run.pretrained import locate_pretrained
 from tokenizer import Tokenizer
 
 LIVE_PARAMETERS = 5_000_000  # a page with more weights would take a browser too long
+ALPHABET = "0123456789[], ="  # letters of the bundled model's problems
 CANDIDATES = 24  # problems among which one is looked for
 
 
@@ -48,8 +51,7 @@ def live(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that qwen2.js and live.js need; weights are base64 of little-endian fp32.
 
-    prompt: the text before the question, the question, the text behind it. trained: `countdown_form()` of a model that
-    knows nothing else.
+    prompt: the text before the question, the question, the text behind it. trained: `countdown_form` of the model.
     """
     names = sorted(dict(models[0].named_parameters()))
     return {
@@ -75,21 +77,38 @@ def base64_fp32(tensors: Iterable[torch.Tensor]) -> str:
 # Problems of the bundled model
 
 
-def countdown_form() -> dict[str, Any]:
-    """The problems that the bundled model was trained on: letters of a question, how many numbers, and their range."""
+def countdown_form(description: dict[str, Any]) -> dict[str, Any] | None:
+    """The form of problem that the bundled model was trained on: letters of a question, how many numbers, their range.
+
+    description: a checkpoint's tokenizer.json. None if it is not the bundled model's, so that nothing is known.
+    """
+    bundled = json.loads((locate_pretrained(BUNDLED_CKPT) / "tokenizer.json").read_text(encoding="utf-8"))
+    if description["model"] != bundled["model"]:
+        return None
     preset = load_config(preset_for(BUNDLED_CKPT))
     return {
-        "alphabet": "0123456789[], =",
+        "alphabet": ALPHABET,
         "counts": [min(preset.numbers), max(preset.numbers)],
         "range": [preset.min_number, preset.max_number],
     }
 
 
+def refuse_unknown_letters(question: str, trained: dict[str, Any] | None) -> None:
+    """Raises ValueError for a question with letters that a model has seen in no problem. trained: `countdown_form`."""
+    foreign = [c for c in dict.fromkeys(question) if trained and c not in trained["alphabet"]]
+    if foreign:
+        raise ValueError(
+            f"--prompt: the model has never seen {' '.join(map(ascii, foreign[:8]))} in a problem; expected one such as"
+            ' --prompt "[3, 5, 2] = 13". With --raw it reads any text'
+        )
+
+
 def telling_problem(models: Sequence[Qwen2ForCausalLM], tokenizer: Tokenizer) -> Problem:
     """A held-out problem whose greedy responses show something, for the page to open with.
 
-    One model: it tries at least two sums, and its answer is right. Two: the first model's answer is wrong and the
-    second one's is right. Otherwise a problem that the last model solves, and otherwise the first of all.
+    One model: it solves the problem, and of those that it solves it writes the most sums for this one. Two: the first
+    model's answer is wrong and the second one's is right. If there is no such problem, then one that the last model
+    solves, and otherwise the first of all.
     """
     preset = load_config(preset_for(BUNDLED_CKPT))
     task = CountdownTask(
@@ -101,5 +120,7 @@ def telling_problem(models: Sequence[Qwen2ForCausalLM], tokenizer: Tokenizer) ->
     texts = [[c.text for c in generate(model, prompts, greedy, tokenizer=tokenizer)] for model in models]
     right = [[task.reward(p, text).parts["answer"] == 1.0 for p, text in zip(problems, column)] for column in texts]
     solved = [i for i in range(len(problems)) if right[-1][i]]
-    telling = [i for i in solved if (not right[0][i] if len(models) > 1 else texts[0][i].count("\n") > 2)]
+    telling = [i for i in solved if not right[0][i]]
+    if len(models) == 1:
+        telling = sorted(solved, key=lambda i: -texts[0][i].count("="))
     return problems[next(iter([*telling, *solved]), 0)]

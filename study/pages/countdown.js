@@ -41,17 +41,22 @@ function calculate(text) {
   return at === tokens.length && Number.isFinite(value) ? value : null;
 }
 
-// What a problem asks of a model that has learnt one form of problem only; "" if nothing.
+// Why a model that has learnt one form of problem only does not read a text; "" if it does.
+function refusal(question, trained) {
+  const foreign = [...new Set(Array.from(question).filter((c) => trained && !trained.alphabet.includes(c)))];
+  return foreign.length ? `Not run: this model has never seen ${foreign.map(visible).join(" ")} in a problem. ` +
+    `It knows ${trained.alphabet.replace(" ", "")} and the blank: write a problem such as [3, 5, 2] = 13.` : "";
+}
+
+// What such a model cannot be expected to solve, though it reads it; "" if nothing.
 function complaint(question, trained) {
-  if (!trained) return "";
-  const foreign = [...new Set(Array.from(question).filter((c) => !trained.alphabet.includes(c)))];
-  if (foreign.length) return `This model has never seen ${foreign.map(visible).join(" ")}. It answers all the same, but the answer means nothing.`;
+  if (!trained || refusal(question, trained)) return refusal(question, trained);
   const found = question.match(/^\[(\d+(?:, \d+)*)\] = (\d+)$/), numbers = found?.[1].split(", ").map(Number);
   if (!found) return "This model knows problems of the form [3, 5, 2] = 13 only: numbers with a comma and a blank between them.";
   const [few, many] = trained.counts, [low, high] = trained.range;
   if (numbers.length < few || numbers.length > many || numbers.some((n) => n < low || n > high))
-    return `This model was trained on ${few} to ${many} numbers from ${low} to ${high}; beyond that it guesses.`;
+    return `This model was trained on ${few} to ${many} numbers from ${low} to ${high}. It has seen no other problem, so its answer is a guess.`;
   return "";
 }
 
-if (typeof module !== "undefined") module.exports = { verdict, calculate, complaint };
+if (typeof module !== "undefined") module.exports = { verdict, calculate, complaint, refusal };

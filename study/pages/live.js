@@ -125,13 +125,16 @@ const THINKERS = MODELS.map((model, i) => new Thinker(model, FACTS.names[i]));
 let running = null;
 const asked = () => byId("question").value + "/" + byId("seed").value;
 
+// Begin again with the problem in the field. False, and nothing is changed, if the model cannot read it.
 function restart() {
   stop();
-  const ids = BPE_TOKENIZER.encode(LIVE.before + byId("question").value + LIVE.after);
   byId("complaint").textContent = complaint(byId("question").value, LIVE.trained);
+  if (refusal(byId("question").value, LIVE.trained)) return false;
+  const ids = BPE_TOKENIZER.encode(LIVE.before + byId("question").value + LIVE.after);
   THINKERS.forEach((thinker) => thinker.start(ids, Number(byId("seed").value)));
   THINKERS.asked = asked();
   choose(THINKERS.includes(CHOSEN.text) ? CHOSEN.text : THINKERS[0], ids.length - 1);
+  return true;
 }
 
 function stop() {
@@ -178,7 +181,7 @@ function listenToControls() {
   byId("controls").addEventListener("submit", (event) => {
     event.preventDefault();
     if (running !== null) return stop();
-    restart();
+    if (!restart()) return;
     byId("run").textContent = "Stop";
     running = requestAnimationFrame(think);
   });
@@ -195,7 +198,9 @@ function listenToControls() {
     byId(name).addEventListener("input", () => { say(); redraw(); });
     say();
   }
-  byId("question").addEventListener("input", () => { byId("complaint").textContent = complaint(byId("question").value, LIVE.trained); });
+  byId("question").addEventListener("input", () => {
+    byId("complaint").textContent = complaint(byId("question").value, LIVE.trained);
+  });
   byId("question").addEventListener("change", restart);
 }
 

@@ -121,7 +121,8 @@ function listenToMap() {
     if (event.key === "Enter") choose(CHOSEN.text, canvas.at[0]);
     if (!step) return;
     event.preventDefault();
-    sayWeight(canvas.at[0] + step[0], canvas.at[1] + step[1]);
+    const row = canvas.at[0] + step[0];
+    sayWeight(row, Math.min(canvas.at[1] + step[1], row)); // on the diagonal, up is up and to the left
   });
 }
 
