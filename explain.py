@@ -139,7 +139,9 @@ def prompt_pieces(options: Options, tokenizer: Tokenizer, models: list[Qwen2ForC
 def page(facts: dict[str, Any]) -> str:
     """One HTML file with everything in it. Texts of the model are data: they never become markup."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
-    scripts = [*(LIVE_SCRIPTS if "live" in facts else STATIC_SCRIPTS), *(["compare.js"] if "compare" in facts else [])]
+    scripts = [*(LIVE_SCRIPTS if "live" in facts else STATIC_SCRIPTS)]
+    if "compare" in facts:
+        scripts += ["compare.js", *(["swap.js"] if "live" in facts else [])]
     data = _without_what_the_page_computes(facts) if "live" in facts else facts
     return environment.get_template("explain.html").render(
         facts=facts,

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
     model.save_pretrained(folder)
     return folder
 

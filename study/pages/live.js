@@ -122,6 +122,7 @@ class Thinker extends LiveText {
 }
 
 const THINKERS = MODELS.map((model, i) => new Thinker(model, FACTS.names[i]));
+const ENDED = []; // functions that run once the responses of all models are whole
 let running = null;
 const asked = () => byId("question").value + "/" + byId("seed").value;
 
@@ -153,7 +154,12 @@ function advance() {
 
 function think() {
   if (advance()) running = requestAnimationFrame(think); // each token draws a frame: one sees it think
-  else stop();
+  else end();
+}
+
+function end() {
+  stop();
+  ENDED.forEach((act) => act());
 }
 
 // The finished responses at once, and in them the token where the model was least sure.
@@ -163,6 +169,7 @@ function finish() {
   let best = text.promptLength - 1;
   for (let i = best; i < text.steps.length; i++) if (unsure(i) > unsure(best)) best = i;
   choose(text, best);
+  ENDED.forEach((act) => act());
 }
 
 function drawWay(text, index) {
@@ -188,7 +195,7 @@ function listenToControls() {
   byId("one").addEventListener("click", () => {
     stop();
     if (THINKERS.asked !== asked() || THINKERS.every((t) => t.done)) restart();
-    else advance();
+    else if (!advance()) end();
   });
   for (const name of ["temperature", "topk", "topp"]) {
     const say = () => {
