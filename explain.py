@@ -1,7 +1,7 @@
 """Look inside a checkpoint: one text on its way through the model, as a page that needs no network, and as text.
 
     python explain.py                                           # the bundled model: writes explain.html, prints it
-    python explain.py --after runs/NAME/checkpoints/step-000075 # before and after GRPO, side by side
+    python explain.py --after runs/NAME                         # before and after GRPO, and its --snapshots
     python explain.py --ckpt Qwen2.5-0.5B-Instruct --prompt "What is 12 + 7?" --layers 0 12 23 --heads 0 1
     python explain.py --text                                    # only print, write no page
 
@@ -34,13 +34,23 @@ from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
 from run.terminal import complain, run_program, say
 from study.anatomy import compare, look
-from study.live import LIVE_PARAMETERS, countdown_form, live, refuse_unknown_letters, telling_problem, why_not_live
+from study.live import (
+    LIVE_PARAMETERS,
+    countdown_form,
+    live,
+    refuse_unknown_letters,
+    scrubbed,
+    telling_problem,
+    why_not_live,
+)
 from study.tables import print_text
 from tokenizer import Tokenizer
 
 PAGES = Path(__file__).resolve().parent / "study" / "pages"
-STATIC_SCRIPTS = ("page.js", "panels.js", "static.js")
-LIVE_SCRIPTS = ("page.js", "qwen2.js", "countdown.js", "arithmetic.js", "panels.js", "live.js")
+STATIC_SCRIPTS = ("page.js", "panels.js", "static.js", "picture.js")
+LIVE_SCRIPTS = (
+    "page.js", "qwen2.js", "countdown.js", "arithmetic.js", "panels.js", "live.js", "picture.js", "group.js", "tour.js",
+)  # fmt: skip
 QUESTION_MARK = "\ue000"  # stands where the reader's question goes: a letter that no template writes
 
 
@@ -97,6 +107,7 @@ def explain(options: Options) -> dict[str, Any]:
     facts["not_live"] = why_not_live(parameters, description)
     if facts["not_live"] is None:
         facts["live"] = live(models, tokenizer, description, prompt, trained)
+        facts["live"]["snapshots"] = scrubbed(Path(options.after), model) if options.after else None
     return facts
 
 
@@ -142,6 +153,8 @@ def page(facts: dict[str, Any]) -> str:
     scripts = [*(LIVE_SCRIPTS if "live" in facts else STATIC_SCRIPTS)]
     if "compare" in facts:
         scripts += ["compare.js", *(["swap.js"] if "live" in facts else [])]
+    if facts.get("live", {}).get("snapshots"):
+        scripts.append("scrub.js")
     data = _without_what_the_page_computes(facts) if "live" in facts else facts
     return environment.get_template("explain.html").render(
         facts=facts,

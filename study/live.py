@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_types import Problem
@@ -17,6 +19,7 @@ from math_task import CountdownTask
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
+from run import snapshots
 from run.config import load_config, preset_for
 from run.options import BUNDLED_CKPT
 from run.pretrained import locate_pretrained
@@ -24,6 +27,7 @@ from tokenizer import Tokenizer
 
 LIVE_PARAMETERS = 5_000_000  # a page with more weights would take a browser too long
 ALPHABET = "0123456789[], ="  # letters of the bundled model's problems
+LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", dtype=np.uint8)
 CANDIDATES = 24  # problems among which one is looked for
 
 
@@ -66,6 +70,42 @@ def live(
         "shapes": [[name, list(models[0].get_parameter(name).shape)] for name in names],
         "weights": [base64_fp32(m.get_parameter(name) for name in names) for m in models],
     }
+
+
+def scrubbed(run: Path, model: Qwen2ForCausalLM) -> dict[str, Any] | None:
+    """The snapshots of a run as scrub.js reads them; None if the run kept none. `model` is the first one of the page.
+
+    Weights are in the order of `live`'s shapes. A number of 12 bits is two base64 letters, the more significant first.
+    Raises ValueError for damaged snapshots, and for those of another model.
+    """
+    if not (run / snapshots.FOLDER / snapshots.START).is_file():
+        return None
+    first, start, changes = snapshots.read(run)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if {name: w.shape for name, w in start.items()} != shapes:
+        raise ValueError(
+            f"{run / snapshots.FOLDER} is of another model than --ckpt; expected the checkpoint that the run began with"
+        )
+    names = sorted(shapes)
+    same = all(torch.equal(start[name].float(), model.get_parameter(name)) for name in names)
+    return {
+        "steps": [first, *changes],
+        "start": None if same else base64_fp32(start[name] for name in names),
+        "frames": [
+            {
+                "numbers": "".join(two_characters(change[name].numbers) for name in names),
+                "scales": base64_fp32(change[name].scale for name in names),
+            }
+            for change in changes.values()
+        ],
+    }
+
+
+def two_characters(numbers: torch.Tensor) -> str:
+    """Whole numbers from -2048 to 2047 as two base64 letters each."""
+    values = numbers.flatten().to(torch.int32) + 2048
+    pairs = torch.stack([values >> 6, values & 63], dim=-1).flatten()
+    return LETTERS[pairs.numpy()].tobytes().decode("ascii")
 
 
 def base64_fp32(tensors: Iterable[torch.Tensor]) -> str:

@@ -53,11 +53,10 @@ function drawComparison(text, i) {
     element("th", {}, visible(t.text)), element("td", { class: "n" }, percent(t.before)), element("td", { class: "n" }, percent(t.after))]));
 }
 
-function drawMovedWeights(weights, table) {
+function drawMovedWeights(weights, table, most = Math.max(...weights.map((w) => w.relative))) {
   const inLayers = weights.filter((w) => w.name.includes(".layers."));
   const kinds = [...new Set(inLayers.map((w) => w.name.split(".").slice(3).join(".").replace("self_attn.", "").replace("mlp.", "")))];
-  const most = Math.max(...weights.map((w) => w.relative), 1e-12);
-  const cell = (w) => element("td", { style: shade((w.relative / most) * 0.7), title: w.name }, w.relative.toExponential(1));
+  const cell = (w) => element("td", { style: shade((w.relative / Math.max(most, 1e-12)) * 0.7), title: w.name }, w.relative.toExponential(1));
   fillTable(table, ["", ...Array.from({ length: FACTS.config.num_hidden_layers }, (_, i) => `layer ${i}`)], [
     ...kinds.map((kind) => [element("th", {}, kind), ...inLayers.filter((w) => w.name.endsWith("." + kind)).map(cell)]),
     ...weights.filter((w) => !w.name.includes(".layers.")).map((w) => [element("th", {}, w.name), cell(w)])]);

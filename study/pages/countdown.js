@@ -2,17 +2,29 @@
 // answer is data, never code.
 "use strict";
 
-function verdict(text, question, cut = 0) {
-  const answer = text.split("</think>").at(-1).match(/<answer>([^<]*)<\/answer>/);
-  const problem = question.match(/\[([\d,\s]+)\]\s*=\s*(\d+)/);
-  if (!answer) return cut ? `cut after ${cut} tokens, without an answer` : "no answer in <answer> tags";
-  if (!problem) return "";
-  const value = calculate(answer[1]), used = (answer[1].match(/\d+/g) ?? []).map(Number).sort((a, b) => a - b);
-  const given = problem[1].split(",").map(Number).sort((a, b) => a - b);
-  if (value === null) return `${answer[1].trim()} is no expression`;
-  const each = used.join() === given.join();
-  const right = each && Math.abs(value - Number(problem[2])) < 1e-9;
-  return `${answer[1].trim()} = ${Number(value.toFixed(4))}: ${right ? "right" : each ? "not the target" : "not every number once"}`;
+// The text in the answer tags, or null: the rule of tasks/rewards.py.
+function answerOf(judged) {
+  const at = judged.indexOf("</think>"), text = at >= 0 ? judged.slice(at + 8) : judged.includes("<think>") ? "" : judged;
+  const once = ["<answer>", "</answer>"].every((tag) => text.split(tag).length === 2);
+  return once && !/<\/?think>/.test(text) ? text.match(/<answer>([^]*)<\/answer>/)?.[1] ?? null : null;
+}
+
+// What an answer is worth: {value, each (every number once), right}; null if there is no answer or no problem.
+function judge(response, question) {
+  const answer = answerOf(response), problem = question.match(/\[([\d,\s]+)\]\s*=\s*(\d+)/);
+  if (answer === null || !problem) return null;
+  const value = calculate(answer), used = (answer.match(/\d+/g) ?? []).map(Number).sort((a, b) => a - b);
+  const given = problem[1].split(",").map(Number).sort((a, b) => a - b), each = used.join() === given.join();
+  return { answer: answer.trim(), value, each, right: value !== null && each && Math.abs(value - Number(problem[2])) < 1e-9 };
+}
+
+const isRight = (text, question) => judge(text, question)?.right ?? false;
+
+function verdict(response, question, cut = 0) {
+  const found = judge(response, question);
+  if (!found) return answerOf(response) !== null ? "" : cut ? `cut after ${cut} tokens, without an answer` : "no answer in <answer> tags";
+  if (found.value === null) return `${found.answer} is no expression`;
+  return `${found.answer} = ${Number(found.value.toFixed(4))}: ${found.right ? "right" : found.each ? "not the target" : "not every number once"}`;
 }
 
 function calculate(text) {
@@ -59,4 +71,4 @@ function complaint(question, trained) {
   return "";
 }
 
-if (typeof module !== "undefined") module.exports = { verdict, calculate, complaint, refusal };
+if (typeof module !== "undefined") module.exports = { verdict, calculate, complaint, refusal, isRight, answerOf };

@@ -3,7 +3,7 @@
 
 const LIVE = FACTS.live;
 const BPE_TOKENIZER = new BPE(LIVE.tokenizer);
-const MODELS = LIVE.weights.map((weights) => new Qwen2(FACTS.config, LIVE, weights));
+const MODELS = LIVE.weights.map((weights) => new Qwen2(FACTS.config, LIVE, fp32(weights)));
 const MAX_TOKENS = 240;
 const SETTINGS = { // common sampling settings, beside the reader's own
   "T = 1": {}, "T = 0.5": { temperature: 0.5 }, "T = 1.5": { temperature: 1.5 }, "top-k 3": { topK: 3 }, "top-p 0.9": { topP: 0.9 },
@@ -41,6 +41,12 @@ class LiveText {
   cutTo(length) {
     this.tokens.length = this.steps.length = this.cache.length = length;
     for (const { k, v } of this.cache.layers) k.length = v.length = length;
+  }
+
+  // The text that is judged: the prompt may have opened the thought.
+  judged() {
+    const text = this.response(), opened = LIVE.after.includes("<think>") && !text.trimStart().startsWith("<think>");
+    return (opened ? "<think>" : "") + text;
   }
 
   response() { return BPE_TOKENIZER.decode(this.tokens.slice(this.promptLength).map((t) => t.id)); }
@@ -95,6 +101,7 @@ class Thinker extends LiveText {
   start(ids, seed) {
     this.begin(ids);
     this.random = uniforms(seed);
+    this.question = byId("question").value;
     this.done = false;
     this.verdict.textContent = "";
     this.list.replaceChildren();
@@ -116,7 +123,7 @@ class Thinker extends LiveText {
     if (!this.done) {
       this.read(id, p[id]);
       this.show(this.steps.length - 1);
-    } else this.verdict.textContent = `${verdict(this.response(), byId("question").value, full ? MAX_TOKENS : 0)}`;
+    } else this.verdict.textContent = `${verdict(this.judged(), this.question, full ? MAX_TOKENS : 0)}`;
     return !this.done;
   }
 }
@@ -172,10 +179,13 @@ function finish() {
   ENDED.forEach((act) => act());
 }
 
+let STAGES = []; // of the chosen token, layer and head
+
 function drawWay(text, index) {
   const { layer, head, open } = CHOSEN;
+  STAGES = wayThrough(text.model, text.steps, text.cache, index, layer, head, (t) => labelOf(text, t));
   byId("way-title").textContent = `Token ${index}, ${labelOf(text, index)}: layer ${layer}, head ${head}`;
-  byId("way").replaceChildren(...wayThrough(text.model, text.steps, text.cache, index, layer, head, (t) => labelOf(text, t)).map((stage, i) => {
+  byId("way").replaceChildren(...STAGES.map((stage, i) => {
     const details = element("details", { "data-stage": stage.name }, element("summary", {}, element("b", {}, stage.name), " ",
       element("code", {}, stage.shape), " ", element("span", { class: "hint" }, stage.gist)), element("div", { class: "sum" }, stage.lines.join("\n")));
     details.open = open.has(i);
@@ -208,7 +218,6 @@ function listenToControls() {
   byId("question").addEventListener("input", () => {
     byId("complaint").textContent = complaint(byId("question").value, LIVE.trained);
   });
-  byId("question").addEventListener("change", restart);
 }
 
 byId("question").value = LIVE.question;

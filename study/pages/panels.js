@@ -86,9 +86,9 @@ function chooseHead(layer, head) {
   byId("looks").querySelectorAll("button")[at].focus({ preventScroll: true });
 }
 
-function drawMap(text, i) {
-  const weights = text.weights(CHOSEN.layer, CHOSEN.head), N = weights.length, cell = Math.max(2, Math.min(14, Math.floor(560 / N)));
-  const canvas = byId("attention-map"), pen = canvas.getContext("2d"), colour = css("--hue");
+// A head's weights on a canvas, with a frame around row i
+function drawHead(canvas, weights, i) {
+  const N = weights.length, cell = Math.max(2, Math.min(14, Math.floor(560 / N))), pen = canvas.getContext("2d"), colour = css("--hue");
   canvas.width = canvas.height = N * cell;
   weights.forEach((row, r) => row.forEach((w, c) => {
     pen.fillStyle = `rgba(${colour}, ${Math.sqrt(w)})`; // the root: small weights are seen, too
@@ -96,6 +96,11 @@ function drawMap(text, i) {
   }));
   pen.strokeStyle = css("--accent");
   pen.strokeRect(0.5, i * cell + 0.5, (i + 1) * cell - 1, Math.max(1, cell - 1));
+}
+
+function drawMap(text, i) {
+  const weights = text.weights(CHOSEN.layer, CHOSEN.head);
+  drawHead(byId("attention-map"), weights, i);
   byId("map-title").textContent = `layer ${CHOSEN.layer}, head ${CHOSEN.head}`;
   sayWeight(i, weights[i].indexOf(Math.max(...weights[i])));
 }

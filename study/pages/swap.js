@@ -16,7 +16,7 @@ class Swapped extends LiveText {
   // Begin with the response of the model before training, as it stands above.
   start() {
     const [written] = THINKERS, ids = written.tokens.map((t) => t.id);
-    Object.assign(this, { question: byId("question").value, stopped: written.done, swaps: new Map(), history: [] });
+    Object.assign(this, { question: written.question, stopped: written.done, swaps: new Map(), history: [] });
     this.take(ids, written.promptLength);
     this.random = uniforms(Number(byId("seed").value) + 1);
     this.at = this.differMost() ?? this.promptLength;
@@ -96,7 +96,7 @@ class Swapped extends LiveText {
       item.classList.toggle("most", most.has(i));
       item.classList.toggle("swapped", this.swaps.has(i));
     }
-    byId("swap-verdict").textContent = `${this.question}: ${verdict(this.response(), this.question, this.stopped ? 0 : MAX_TOKENS)}. ` +
+    byId("swap-verdict").textContent = `${this.question}: ${verdict(this.judged(), this.question, this.stopped ? 0 : MAX_TOKENS)}. ` +
       `${this.swaps.size === 1 ? "1 swap" : `${this.swaps.size} swaps`}.`;
     this.point(this.at);
   }

@@ -29,7 +29,7 @@ ALPHABET = "abzAZ019 \t\n\r'.,!?<>|=+*/()[]{}_-éßñ½²٣你好🙂\u0301\u00a
 def run_node(body: str, given: dict) -> object:
     """What the function body returns for `given`, with the names of qwen2.js in reach."""
     script = f"""
-        const {{ Qwen2, BPE, filtered }} = require({json.dumps(str(PAGES / "qwen2.js"))});
+        const {{ Qwen2, fp32, BPE, filtered }} = require({json.dumps(str(PAGES / "qwen2.js"))});
         const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
         process.stdout.write(JSON.stringify((() => {{ {body} }})()));
     """
@@ -49,7 +49,7 @@ def test_logits_of_every_family_are_pytorchs(changes):
     facts = live([model], tokenizer, {}, ("", "", ""))
     ids = torch.randint(275, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     logits = run_node(
-        """const model = new Qwen2(given.config, given.live, given.live.weights[0]), cache = model.newCache();
+        """const model = new Qwen2(given.config, given.live, fp32(given.live.weights[0])), cache = model.newCache();
            return given.ids.map((id) => Array.from(model.step(id, cache).logits));""",
         {"config": model.config.to_dict(), "live": facts, "ids": ids},
     )
