@@ -110,7 +110,6 @@ def train_in(lock: RunLock, config: Config) -> int:
         if held_out and not resumed:
             log.phase("evaluating")
             log.log_step(0, evaluate(trainer, held_out, partial(log.log_held_out, 0, decode=tokenizer.decode)))
-
         if not resumed:
             distributed.on_main(lambda: snapshots.rewind(run_dir, -1))
             snapshots.take(run_dir, 0, config.snapshots, config.steps, model)
@@ -134,7 +133,7 @@ def train_in(lock: RunLock, config: Config) -> int:
             if broken:
                 saved = False
                 break
-from run import snapshots
+            snapshots.take(run_dir, step, config.snapshots, config.steps, model)
             # asked once: a signal after this line ends the next step, which is saved, too
             stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):

@@ -10,16 +10,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from run.progress import plain
+from run.terminal import printable
 from study.anatomy import FILTERS
 
 
 def print_text(facts: dict[str, Any], console: Console) -> None:
     first, c = facts["looks"][0], facts["config"]
-    console.print(
-        f"{facts['names'][0]}: {facts['parameters']:,} parameters, {c['num_hidden_layers']} layers", style="bold"
-    )
+    size = f"{facts['parameters']:,} parameters, {c['num_hidden_layers']} layers"
+    console.print(plain(f"{facts['names'][0]}: {size}"), style="bold")
     row = " ".join(f"{visible(t['text'])}:{t['id']}" for t in first["tokens"])
     console.print(f"\n{len(first['tokens'])} tokens (text:id)\n{row}\n", markup=False)
     rows(console, "parts", ("part", "weight", "shapes", "times", "parameters", "FLOPs", "bytes"), [
@@ -53,7 +53,7 @@ def print_text(facts: dict[str, Any], console: Console) -> None:
 
 def print_comparison(facts: dict[str, Any], console: Console) -> None:
     moved, tokens = facts["compare"], facts["looks"][0]["tokens"]
-    console.print(f"{facts['names'][0]} -> {facts['names'][1]}", style="bold")
+    console.print(plain(f"{facts['names'][0]} -> {facts['names'][1]}"), style="bold")
     console.print(f"KL(after || before): {moved['mean_kl']:.4f} nats a token of the answer\n")
     order = sorted(range(len(tokens)), key=lambda i: -moved["kl"][i])[:10]
     rows(console, "where they differ most", ("after token", "KL of the next", "log-probability of the next one"), [
@@ -75,7 +75,7 @@ def rows(console: Console, title: str, header: Sequence[str], body: Sequence[Seq
     for name in header:
         table.add_column(name)
     for cells in body:
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*(plain(str(cell)) for cell in cells))
     console.print(table, "")
 
 
@@ -89,6 +89,6 @@ def strongest(weights: list[float], tokens: list[dict[str, Any]]) -> tuple[str, 
 
 
 def visible(text: str) -> str:
-    """A token's text on one line, control characters and blanks shown."""
+    """A token's text on one line. Line ends, blanks and control characters are shown."""
     shown = text.replace("\n", "\u21b5").replace(" ", "\u00b7")
-    return "".join(c if c.isprintable() else "\u25a1" for c in shown)
+    return printable(shown, keep="")

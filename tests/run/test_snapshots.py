@@ -127,7 +127,7 @@ def test_adapters_are_in_the_snapshot(tmp_path):
 
 
 def test_a_snapshot_that_cannot_be_written_does_not_end_the_run(checkpoint_folder, tmp_path, caplog):
-    """CHECKLIST 60: no room, a file in the way, weights that are not finite: a line in the log."""
+    """CHECKLIST 67: no room, a file in the way, weights that are not finite: a line in the log."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "snapshots").write_text("in the way")

@@ -218,7 +218,7 @@ def panels(page) -> list[str]:
 
 
 def test_every_panel_speaks_of_the_one_chosen_token(page, tiny):
-    """CHECKLIST 59: whichever control chooses a token, every panel shows that token and no other."""
+    """CHECKLIST 66: whichever control chooses a token, every panel shows that token and no other."""
     page.evaluate("stop(), restart(), finish()")
     count = page.evaluate("THINKERS[0].tokens.length")
     assert count > 30
