@@ -34,6 +34,7 @@ from model.lora import has_lora, load_adapters, save_adapters, trainable
 from parallel import distributed
 from parallel.sharding import is_sharded, whole, whole_optimizer
 from rollout.sampling import SamplingParams
+from run import snapshots
 from run.checkpoint import find_checkpoint, load_checkpoint, rewind, save_checkpoint
 from run.config import Config, config_files, parse_args
 from run.flags import one_line
@@ -99,7 +100,7 @@ def train_in(lock: RunLock, config: Config) -> int:
         trainer.load_state_dict(state["trainer"])
         apply_settings(trainer, start.before)
         first = step = trainer.step_count = state["step"]
-        distributed.on_main(lambda: rewind(run_dir, first, config.keep_checkpoints))
+        distributed.on_main(lambda: (rewind(run_dir, first, config.keep_checkpoints), snapshots.rewind(run_dir, first)))
 
     stop = StopRequest()
     told = dataclasses.replace(config, eval_problems=len(held_out))  # a data set may have fewer
@@ -109,7 +110,9 @@ def train_in(lock: RunLock, config: Config) -> int:
         if held_out and not resumed:
             log.phase("evaluating")
             log.log_step(0, evaluate(trainer, held_out, partial(log.log_held_out, 0, decode=tokenizer.decode)))
-
+        if not resumed:
+            distributed.on_main(lambda: snapshots.rewind(run_dir, -1))
+            snapshots.take(run_dir, 0, config.snapshots, config.steps, model)
         for step in range(first + 1, config.steps + 1):
             log.phase("rollout and update")
             problems = trainer.problems(config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
@@ -130,6 +133,7 @@ def train_in(lock: RunLock, config: Config) -> int:
             if broken:
                 saved = False
                 break
+            snapshots.take(run_dir, step, config.snapshots, config.steps, model)
             # asked once: a signal after this line ends the next step, which is saved, too
             stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):

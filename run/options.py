@@ -416,6 +416,9 @@ class ScheduleOptions:
     """Steps between checkpoints. The last step is always saved. 0: only the last."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints to keep. The best one is kept, too."""
+    snapshots: Annotated[int, Range(0, 1000)] = 0
+    """Small snapshots of the weights, spread evenly from step 0 to the last step, for the slider of explain.py. Each
+    takes 2 bytes a weight. 0: none."""
     log_samples: Share = 1.0
     """Share of the responses written to samples.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
@@ -423,6 +426,9 @@ class ScheduleOptions:
     log_tokens: NumberOrNone = 16384
     """Response tokens of a step that samples.jsonl holds one by one, with what the update did to each, for report.py:
     whole groups, at least one. 0: none."""
+
+    def conflicts(self) -> Conflicts:
+        return [(self.snapshots == 1, "--snapshots 1 would keep the model before training only: take 2 or more, or 0")]
 
 
 @dataclass

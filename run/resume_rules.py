@@ -128,6 +128,7 @@ RULES = {
     "eval_samples": APPLIED,
     "save_every": APPLIED,
     "keep_checkpoints": APPLIED,
+    "snapshots": APPLIED,
     "log_samples": APPLIED,
     "log_to": APPLIED,
     "log_tokens": APPLIED,
