@@ -1,4 +1,4 @@
-"""What the benchmarks share: a checkpoint to measure, a clock, peak memory, a table, and the last line of JSON.
+"""Shared by the benchmarks: a checkpoint to measure, a clock, peak memory, a table, and the last line of JSON.
 
 Importing it puts the repository's root on the path, in front of this folder (which has an optimizer.py of its own).
 
@@ -52,7 +52,7 @@ NO_STOP_ID = (-1,)  # stop ids of a run in which every answer has its full lengt
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark; its description is the script's docstring."""
+    """A parser with the flags of every benchmark. Its description is the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="checkpoint folder or name; without it, random weights (--random)")
     parser.add_argument(
@@ -235,7 +235,7 @@ def _cell(value: object) -> str:
 
 
 def hardware() -> dict[str, object]:
-    """What a figure must never be without."""
+    """Hardware and software of a measurement, printed beside every figure."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),

@@ -1,11 +1,11 @@
 """Methods side by side on the bundled model: one sweep is a few variants, the same budget for each, several seeds.
 
-    python benchmarks/compare.py losses  # runs what is missing, writes table and figure
-    python benchmarks/compare.py group-size --seeds 0 --jobs 2 # two runs at a time, a thread each
+    python benchmarks/compare.py losses  # runs the missing ones, writes table and figure
+    python benchmarks/compare.py group-size --seeds 0 --jobs 2 # two at a time, a thread each
     python benchmarks/compare.py losses --report               # table and figure of the runs that are there
 
 A run is `python train.py` with the flags printed before it, in a folder under runs/compare that is named by them and
-the seed; one that has its last line already is not run again, and sweeps share those they have in common. Writes
+the seed. A finished run is not run again, and sweeps share the runs that they have in common. Writes
 docs/results/SWEEP.png and docs/results/SWEEP.jsonl (every evaluation, and a few metrics of every step), and prints the
 table: means over the seeds, and the range. Last line: JSON with the hardware.
 """
@@ -123,7 +123,7 @@ def run_folder(flags: str, seed: int) -> Path:
 
 
 def finished(flags: str, seed: int) -> bool:
-    """Whether the run has its last evaluation; one that is under way may have ended with an earlier one just now."""
+    """Whether the run has its last evaluation. An unfinished run may end with an earlier one."""
     words = flags.split()
     steps = int(words[words.index("--steps") + 1])
     records = read(run_folder(flags, seed))
@@ -136,7 +136,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def collect(sweep: str, seeds: list[int]) -> dict[str, dict[int, list[dict]]]:
-    """variant -> seed -> the lines of the run, shortened to what the report shows."""
+    """variant -> seed -> the lines of the run, shortened to the numbers of the report."""
     found: dict[str, dict[int, list[dict]]] = {}
     for variant, flags in SWEEPS[sweep].items():
         for seed in seeds:

@@ -103,7 +103,7 @@ class Writer:
         return [tuple(column[n, span] for column in columns) for n, span in enumerate(spans)]
 
     def swapped(self, written: list[list[int]], k: int, way: str, seed: int) -> list[list[int]]:
-        """The responses after k swaps each, from left to right; fewer if no position is left."""
+        """The responses after k swaps each, from left to right. Fewer if no position is left."""
         generator = torch.Generator().manual_seed(seed)
         texts, opens = [list(t) for t in written], [0] * len(written)
         for left in range(k, 0, -1):

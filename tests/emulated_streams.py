@@ -132,7 +132,7 @@ class Region(NamedTuple):
 
 
 class Stream(Timeline):
-    """A CUDA stream. The default stream works at once; copies on the others wait in `queue`."""
+    """A CUDA stream. The default stream works at once. Copies on the others wait in `queue`."""
 
     def __init__(self, device: Any = None, priority: int = 0, *, name: str | None = None):
         super().__init__(name or f"stream {len(active().streams)}")
@@ -295,7 +295,7 @@ def use_stream(stream: Stream | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
-    """Run operators on host tensors; the device sees none of them."""
+    """Run operators on host tensors. The device sees none of them."""
     with torch.utils._python_dispatch._disable_current_modes():
         yield
 

@@ -1,4 +1,4 @@
-"""What explain.py says is what the model does; and the page's JavaScript is the same model."""
+"""What explain.py says is what the model does, and the page's JavaScript is the same model."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_refused_steps_do_not_push_a_sound_checkpoint_out(checkpoint_folder, tmp
 
 
 def test_a_run_ended_before_its_first_checkpoint_begins_again(checkpoint_folder, tmp_path, monkeypatch, capsys):
-    """CHECKLIST 42: --resume is the command that goes on, whenever the kill came; not where checkpoints were lost."""
+    """CHECKLIST 42: --resume is the command that goes on, whenever the kill came. Not where checkpoints were lost."""
     monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run_dir in (whole, cut):
@@ -280,7 +280,7 @@ class Mine(Task):
 
 
 def test_a_run_on_a_reward_that_often_fails_goes_on_and_counts(checkpoint_folder, tmp_path):
-    """CHECKLIST 16: part of each group has no reward; the others are trained on, and the share is in the metrics."""
+    """CHECKLIST 16: part of each group has no reward. The others are trained on, and the share is in the metrics."""
     (tmp_path / "mine.py").write_text(USER)
     words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 2, *SMALL, "--group-size", 6]
     with pytest.warns(RuntimeWarning, match="counted as NaN, the run goes on"):

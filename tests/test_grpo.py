@@ -186,7 +186,7 @@ def test_a_tokens_score_comes_from_the_logits_before_it(tiny_model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_log_probabilities_are_the_trainers(tiny_model, tokenizer, temperature):
-    """CHECKLIST 2, 3: ragged prompts, fp32 within 1e-4, and the difference is a metric; the temperature divides on
+    """CHECKLIST 2, 3: ragged prompts, fp32 within 1e-4, and the difference is a metric. The temperature divides on
     both sides."""
     episodes = sampled(tiny_model, tokenizer, temperature=temperature)
     assert len({len(e.prompt_ids) for e in episodes}) > 1
@@ -294,7 +294,7 @@ def test_groups_go_by_id_in_any_order_and_identical_prompts_do_not_merge():
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("reward", [0.1, 0.0, 1 / 3, 1e6 + 0.1])
 def test_equal_rewards_have_advantage_exactly_zero(estimator, scale, reward):
-    """CHECKLIST 14, 25: twelve times 0.1 has a mean that is not 0.1 in floating point; beside a group that differs."""
+    """CHECKLIST 14, 25: twelve times 0.1 has a mean that is not 0.1 in floating point. Beside a group that differs."""
     values = advantages([reward] * 12 + [0.0, 1.0], [0] * 12 + [1, 1], estimator=estimator, scale=scale)
     assert values[:12] == [0.0] * 12
     assert values[12] < 0 < values[13]
@@ -361,7 +361,7 @@ def test_an_unknown_way_to_compute_advantages_is_refused(wrong):
 @pytest.mark.parametrize("estimator", ["group_mean", "rloo", "reinforce_pp"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_missing_reward_leaves_the_others_alone(estimator, scale):
-    """CHECKLIST 16: advantage 0 for it; a group of nothing but missing rewards has nothing to say."""
+    """CHECKLIST 16: advantage 0 for it. A group of nothing but missing rewards has nothing to say."""
     options = {"estimator": estimator, "scale": scale}
     whole = advantages([0.0, 1.0, 0.5, 2.0, 3.0], [0, 0, 0, 1, 1], **options)
     holes = advantages([math.nan, 0.0, 1.0, math.nan, 0.5, 2.0, 3.0, math.nan], [0, 0, 0, 0, 0, 1, 1, 2], **options)
@@ -414,7 +414,7 @@ LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"]
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_gradient_is_the_same_for_every_split_and_order(tiny_model, loss_type):
-    """CHECKLIST 17, 24: micro-batches of one answer, of parts of groups, of all; shuffled; and so is every metric."""
+    """CHECKLIST 17, 24: micro-batches of one answer, of parts of groups, of all. Shuffled, and so is every metric."""
     reference = make_model(seed=1)
     episodes = near(tiny_model, make_episodes(n=6))
     options = {"loss_type": loss_type, "beta": 0.05, "entropy_coef": 0.02, "reference": reference}
@@ -618,7 +618,7 @@ def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, monkeypatch, b
 
 
 def test_a_hundred_small_steps_move_a_bf16_model():
-    """CHECKLIST 29: lr 1e-6; without fp32 masters hardly any weight would change."""
+    """CHECKLIST 29: lr 1e-6. Without fp32 masters hardly any weight would change."""
     model = make_model().bfloat16()
     before = weights_of(model)
     episodes = near(model, make_episodes(groups=1))

@@ -53,7 +53,7 @@ def test_a_run_with_adapters_resumes_bit_for_bit(checkpoint_folder, tmp_path):
 
 
 def test_a_checkpoint_with_adapters_opens_everywhere(checkpoint_folder, tmp_path):
-    """Merged weights for whoever opens the folder; the adapters beside them for PEFT, on the untouched base."""
+    """Merged weights for whoever opens the folder. The adapters beside them for PEFT, on the untouched base."""
     run(checkpoint_folder, tmp_path / "run", "--steps", "2", "--dtype", "fp32")
     folder = tmp_path / "run/checkpoints/step-000002"
     verify_checkpoint(folder)

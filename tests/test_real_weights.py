@@ -1,6 +1,6 @@
-"""Released checkpoints against transformers; opt-in: NANOGRPO_CHECKPOINTS=FOLDER pytest -m weights -s
+"""Released checkpoints against transformers. Opt-in: NANOGRPO_CHECKPOINTS=FOLDER pytest -m weights -s
 
-FOLDER holds checkpoint folders, such as Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct; every one is tested.
+FOLDER holds checkpoint folders, such as Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct. Every one is tested.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def script():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three finished runs of two steps; a function that changes the configuration of the last one."""
+    """Three finished runs of two steps. A function that changes the configuration of the last one."""
 
     def write(seed: int, times=(1.5, 2.5), number=None, **changes) -> Path:
         folder = tmp_path / f"run-{seed}"

@@ -130,7 +130,7 @@ class NoisyLetters(EvenLetters):
 
 @pytest.mark.parametrize("settings", [[], ["--dtype", "bf16", *FANCY]], ids=["fp32", "bf16, fancy"])
 def test_six_steps_equal_three_a_kill_a_resume_and_three(checkpoint_folder, tmp_path, monkeypatch, settings):
-    """CHECKLIST 42: weights, masters, moments, random states, schedule, metrics and samples, bit for bit; killed in
+    """CHECKLIST 42: weights, masters, moments, random states, schedule, metrics and samples, bit for bit. Killed in
     step 5, so that a line of the log has to be taken back."""
     monkeypatch.setattr(train, "task_from_config", lambda config: NoisyLetters(seed=config.seed))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -286,7 +286,7 @@ def test_a_second_signal_leaves_at_once(capfd):
 
 @pytest.mark.parametrize(("there", "action"), [(False, signal.SIG_IGN), (True, signal.SIG_DFL)])
 def test_a_closed_terminal_is_no_second_signal(monkeypatch, there, action):
-    """CHECKLIST 45: the shell repeats the kernel's SIGHUP; one that is sent by hand is a second signal."""
+    """CHECKLIST 45: the shell repeats the kernel's SIGHUP. One that is sent by hand is a second signal."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setattr(stop_request, "_has_terminal", lambda: True)
     stop = train.StopRequest()

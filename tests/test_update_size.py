@@ -1,4 +1,4 @@
-"""benchmarks/update_size.py: the few shared numbers, the evolution strategies, runs and the report; tiny."""
+"""benchmarks/update_size.py: the few shared numbers, the evolution strategies, runs and the report. Tiny."""
 
 from __future__ import annotations
 

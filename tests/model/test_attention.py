@@ -355,7 +355,7 @@ PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
 @pytest.mark.parametrize("dirty", [False, True], ids=["fresh", "held-other-data"])
 @torch.no_grad()
 def test_prefill_and_chunks_equal_the_full_forward(chunk, dirty):
-    """CHECKLIST 27, CHECKLIST 11. Ragged rows, two copies a prompt, chunks of 1, 3 and all; then garbage behind."""
+    """CHECKLIST 27, CHECKLIST 11. Ragged rows, two copies a prompt, chunks of 1, 3 and all. Then garbage behind."""
     model, new = make_model(), random_tokens(6, 12)
     texts = [PROMPTS[row // 2] + new[row].tolist() for row in range(6)]
     cache = KVCache.from_prefill(prefill(model, PROMPTS), copies=2, room=12)
@@ -460,7 +460,7 @@ def test_group_cache_reads_nothing_behind_a_short_prompt(width):
 
 @torch.no_grad()
 def test_a_row_that_is_handed_on_reads_nothing_of_what_it_held():
-    """CHECKLIST 27. Rows of unequal age, out of order; a new prompt takes the place of one that has left."""
+    """CHECKLIST 27. Rows of unequal age, out of order. A new prompt takes the place of one that has left."""
     model, new = make_model(), random_tokens(3, 6)
     cache = group_cache(model, prefill(model, PROMPTS), copies=1, room=6)
     for t in range(3):

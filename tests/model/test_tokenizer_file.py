@@ -1,4 +1,4 @@
-"""tokenizer_file.py: a hostile tokenizer.json ends in one line; the bundled file needs no child process."""
+"""tokenizer_file.py: a hostile tokenizer.json ends in one line. The bundled file needs no child process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decode_graph.py and decoding.py: a recorded step equals the plain one, stays static, never waits; rows are reused.
+"""decode_graph.py and decoding.py: a recorded step equals the plain one, stays static, never waits. Rows are reused.
 
 There need be no GPU: `recorded` stands in for CUDA's capture. It traces the step into the operations that it performs
 on the very tensors that it touches, with every number of Python's frozen, and replays those and nothing else.
@@ -167,7 +167,7 @@ def test_prompts_are_prefilled_in_bounded_pieces(tokenizer, monkeypatch):
 
 
 def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatch, tokenizer):
-    """Rows are as many as a part of memory holds, whatever max_rows says; at least one."""
+    """Rows are as many as a part of memory holds, whatever max_rows says. At least one."""
     model, given = make_model(), []
     token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
@@ -338,7 +338,7 @@ def test_logits_that_are_not_finite_are_refused(value, temperature, tokenizer):
 
 @pytest.mark.parametrize("capture", [None, recorded])
 def test_a_special_token_may_be_a_stop_string(capture, tokenizer):
-    """257 is <|im_start|>, no stop id; the string ends with it, looked for at every token or every 16."""
+    """257 is <|im_start|>, no stop id. The string ends with it, looked for at every token or every 16."""
     model = stopping_model(2.0, (257,))
     decoder = decoder_for(model, tokenizer, capture, n=12, stop=("<|im_start|>",))
     answers = decoder.run()

@@ -93,7 +93,7 @@ def test_logprobs_are_those_training_computes(temperature, filters, tokenizer):
 
 
 def test_greedy_takes_the_likeliest_each_time(tokenizer):
-    """Temperature 0; the log-probability stays that of temperature 1."""
+    """Temperature 0. The log-probability stays that of temperature 1."""
     model = make_model()
     for completion in answers(model, PROMPTS, tokenizer, temperature=0.0, n=1):
         ids = completion.prompt_ids + completion.response_ids
@@ -103,7 +103,7 @@ def test_greedy_takes_the_likeliest_each_time(tokenizer):
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(tokenizer):
-    """CHECKLIST 6. The head has 275 rows, the tokenizer 259 ids; the 16 others are by far the likeliest."""
+    """CHECKLIST 6. The head has 275 rows, the tokenizer 259 ids. The 16 others are by far the likeliest."""
     model = make_model(make_config(tie_word_embeddings=False))
     with torch.no_grad():
         model.lm_head.weight[259:] = 50 * model.lm_head.weight[:16]
@@ -171,7 +171,7 @@ def test_stopping_on_the_last_allowed_token_is_a_stop(tokenizer):
 
 @pytest.mark.parametrize("stop", ["ab", "éé", "b", "\n\n"])
 def test_stop_strings_end_an_answer_where_they_are_completed(stop, tokenizer):
-    """The string stays in the text; a model that only says a, b, é and line breaks meets them often."""
+    """The string stays in the text. A model that only says a, b, é and line breaks meets them often."""
     model = stopping_model(-20.0)
     wanted = sorted({i for text in ("a", "b", "é", "\n") for i in tokenizer.encode(text)})
     others = torch.tensor([i for i in range(275) if i not in wanted])
@@ -247,7 +247,7 @@ def test_samples_of_a_prompt_differ_and_so_do_copies_of_a_prompt(tokenizer):
 
 
 def test_the_same_seed_gives_the_same_answers(tokenizer):
-    """CHECKLIST 38. Whatever torch's own generator did in between; and another seed gives others."""
+    """CHECKLIST 38. Whatever torch's own generator did in between, and another seed gives others."""
     model = make_model()
     first = answers(model, PROMPTS, tokenizer, seed=5)
     torch.manual_seed(123)
@@ -289,7 +289,7 @@ def assert_fits(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("vocabulary", [16, 17, 100, 103, 259])
 def test_inverse_cdf_draws_by_the_weights(vocabulary):
-    """CHECKLIST 36. Chi-square, with vocabularies that are no square number; a weight of 0 is never drawn."""
+    """CHECKLIST 36. Chi-square, with vocabularies that are no square number. A weight of 0 is never drawn."""
     generator = torch.Generator().manual_seed(vocabulary)
     weights = torch.randn(vocabulary, generator=generator).exp()
     weights[torch.randperm(vocabulary, generator=generator)[: vocabulary // 5]] = 0.0
@@ -433,7 +433,7 @@ def test_generating_between_updates_leaves_training_alone(tokenizer):
 
 
 def test_packed_weights_are_forgotten_when_a_call_ends(tokenizer, monkeypatch):
-    """CHECKLIST 28. Also when it ends by an error; a packed weight left behind would cut training's gradients."""
+    """CHECKLIST 28. Also when it ends by an error. A packed weight left behind would cut training's gradients."""
     model, seen = make_model(make_config(tie_word_embeddings=False)).bfloat16(), []
 
     def packed() -> list[bool]:
@@ -479,7 +479,7 @@ def test_bf16_answers_are_scored_near_rounding(pack_weights, tokenizer, monkeypa
 
 
 def test_an_answer_ends_where_logits_are_not_finite_or_the_call_is_refused(tiny_model, tmp_path):
-    """CHECKLIST 44: one token of the vocabulary has an embedding that overflows; who draws it cannot go on."""
+    """CHECKLIST 44: one token of the vocabulary has an embedding that overflows. Who draws it cannot go on."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
     tokenizer.eos_token_ids = (256,)  # of logits that are no numbers the last id is drawn: it must not be a stop id
     prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(n=4, max_new_tokens=12)

@@ -26,7 +26,7 @@ def after(trained):
 
 
 def write_a_sampled_text(page) -> None:
-    """A text at temperature 1, which has tokens that the trained model would not take; it goes on at temperature 0."""
+    """A text at temperature 1, which has tokens that the trained model would not take. It goes on at temperature 0."""
     page.evaluate("""() => {
         byId("temperature").value = 1;
         if (restart()) finish();

@@ -142,7 +142,7 @@ def published_gdpo(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def test_gdpo_equals_the_published_formula():
-    """CHECKLIST 66: each part in its group, the weighted sum over the batch; groups in any order."""
+    """CHECKLIST 66: each part in its group, the weighted sum over the batch. Groups in any order."""
     generator = torch.Generator().manual_seed(0)
     parts = torch.rand(3, 4, 2, generator=generator, dtype=torch.float64)
     wanted = published_gdpo(parts, torch.tensor([0.1, 1.0], dtype=torch.float64)).flatten()
