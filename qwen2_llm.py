@@ -187,7 +187,7 @@ class Qwen2Model(nn.Module):
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """The language model. `hidden_states` is what training and decoding call; `forward` is for people and parity."""
+    """The language model. Training and decoding call `hidden_states`. `forward` is for people and parity."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()

@@ -94,7 +94,7 @@ def _episode(answer: Record, tokenizer: Tokenizer, temperature: float) -> Episod
 
 
 def page(shown: dict[str, Any]) -> str:
-    """One HTML file with everything in it. What a model wrote is data: it never becomes markup."""
+    """One HTML file with everything in it. Text of a model is data: it never becomes markup."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
     return environment.get_template("report.html").render(
         facts=shown,

@@ -175,9 +175,9 @@ def take_turns(sides: dict[str, Callable[..., None]], turns: int, *args: object)
     """Run each side in a process of its own, a turn at a time: it has the machine, and a peak of memory, to itself.
 
     A side is a function of a module, called as side(pipe, *args). It sends "ready" once it has loaded, then for every
-    turn receives a message and sends what it measured, and sends a last word when no turn is left.
+    turn receives a message and sends its measurement, and sends a last word when no turn is left.
 
-    Returns name -> {"turns": [what it measured], "last": its last word}. Raises SystemExit where a process ends early.
+    Returns name -> {"turns": [its measurements], "last": its last word}. Raises SystemExit where a process ends early.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}

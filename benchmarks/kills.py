@@ -88,7 +88,7 @@ def kill(pid: int, run_dir: Path, moment: float, in_save: bool) -> tuple[int, st
 
 
 def resume_or_begin(base: list[object], run_dir: Path) -> list[object]:
-    """What a person types: --resume. Where even the settings were not written yet, the command itself again."""
+    """The command of a person: --resume, or the first command again if not even the settings were written."""
     return ["--resume", run_dir] if (run_dir / "config.yaml").exists() else [*base, "--run-dir", run_dir]
 
 

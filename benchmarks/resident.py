@@ -4,8 +4,8 @@
 
 `as it is`: pages of 4 KiB, and glibc keeps freed memory. `ours`: large pages, and freed memory goes back to the system
 (`return_free_memory` of model/memory.py). Each in a process of its own, taking turns. There is no optimizer state,
-which never moves. Prompts differ in length, as in a run. No answer ends early. Peak: the largest resident memory so far, with the
-pages of the checkpoint's file. Resident: anonymous memory after the update.
+which never moves. Prompts differ in length, as in a run. No answer ends early. Peak: the largest resident memory so
+far, with the pages of the checkpoint's file. Resident: anonymous memory after the update.
 """
 
 from __future__ import annotations

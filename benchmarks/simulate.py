@@ -5,8 +5,8 @@
 
 A step is rollout -> exchange -> update -> sum -> optimizer, one after the other, as in grpo.py. Each part takes the
 larger of bytes / bandwidth and operations / rate (benchmarks/budget.py counts them), and decoding an overhead for every
-token besides, in which a processor launches what the accelerator does. Decoding goes on until the longest answer ends.
-Rows that have ended cost nothing. Nothing else is modelled: no contention, no variance between devices.
+token besides, in which a processor launches what the accelerator executes. Decoding goes on until the longest answer
+ends. Rows that have ended cost nothing. Nothing else is modelled: no contention, no variance between devices.
 
 The machines are data sheets times a share that one reaches: assumptions, not measurements. The check fits a machine to
 one process and asks whether several take as long as the simulator says.

@@ -2,7 +2,7 @@
 
     python benchmarks/speedrun.py runs/speedrun-0 runs/speedrun-1 runs/speedrun-2
 
-Reads config.yaml and metrics.jsonl of the three runs, refuses what is against the rules, evaluates the last checkpoint
+Reads config.yaml and metrics.jsonl of the three runs, refuses runs that break the rules, evaluates the last checkpoint
 of each on the fixed held-out problems, and prints the table. The time of a run is the sum of its steps (rollout and
 update). Evaluations and loading are not counted. An evaluation is kept beside its run and not repeated. The last line
 is JSON with the hardware. Exit code 1: a rule is broken, or the goal is missed.

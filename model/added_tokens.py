@@ -148,7 +148,7 @@ def _special_texts(config: dict[str, Any], special_map: dict[str, Any]) -> set[s
 def register(backend: Tokenizer, declared: DeclaredTokens, all_special: bool = False) -> None:
     """Add every declared token that the tokenizer lacks, and give the declared flags to those that it has.
 
-    all_special: named and extra tokens become special tokens, whatever their flags (Qwen2Tokenizer does this).
+    all_special: named and extra tokens become special tokens with any flags (Qwen2Tokenizer does this).
     Raises ValueError if a declared token does not encode to exactly its id.
     """
     known = {token.content for token in backend.get_added_tokens_decoder().values()}

@@ -1,4 +1,4 @@
-"""What `--resume` does with every option: one table, and the checks that follow from it.
+"""`--resume` and every option: one table, and the checks that follow from it.
 
 A resumed run continues the run that its checkpoint belongs to. An option is either applied from the next step on, as
 the learning rate, or refused, because the steps before and after would not belong together. Nothing is ignored, so

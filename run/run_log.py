@@ -174,7 +174,7 @@ class RunLog:
         return found | {"update": episode.trace} if episode.trace else found
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was logged after `step`: a run resumed from there will log it again.
+        """Forget all lines after `step`: a run resumed from there will log it again.
 
         TensorBoard hides the later events once the first new one is written.
         """
@@ -199,7 +199,7 @@ class RunLog:
             Display(file=file, width=100).print(summary_table(self.history))
 
     def close(self) -> None:
-        """End the display and write out what is still in memory. The log can not be used afterwards."""
+        """End the display and write out the lines that are still in memory. The log can not be used afterwards."""
         self._show(self._progress.close)
         self._track(lambda tracker: tracker.close())
         self._trackers.clear()

@@ -1,4 +1,4 @@
-"""What one forward pass is made of, as plain numbers: shapes, costs, norms, rotations, attention, next tokens.
+"""The parts of one forward pass, as plain numbers: shapes, costs, norms, rotations, attention, next tokens.
 
     facts = look(model, tokenizer, ids)           # lists and numbers, ready for JSON: what explain.py shows
     moved = compare(model, other, tokenizer, ids)
@@ -181,7 +181,7 @@ def cache_growth(c: Qwen2Config, N: int, element_size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def logit_lens(model: Qwen2ForCausalLM, tokenizer: Tokenizer, trace: Trace, top: int = 3) -> list[dict[str, Any]]:
-    """What the head would say of the residual stream before each block, and behind the last (nostalgebraist 2020).
+    """The head's predictions from the residual stream before each block, and behind the last (nostalgebraist 2020).
 
     `last`: the likeliest tokens at the last position. `best`: the likeliest at each of the last positions (LENS_TOKENS
     at most: a row of logits is a vocabulary wide), with its probability.
@@ -217,7 +217,8 @@ def next_tokens(logits: Tensor, tokenizer: Tokenizer, top: int = 12) -> list[lis
 
 
 def probabilities(logits: Tensor, params: SamplingParams, vocab_size: int) -> Tensor:
-    """[N, V] what the sampler draws from: temperature, then min-p, top-k and top-p, then a sum of 1."""
+    """[N, V] the distribution that the sampler draws from: temperature, then min-p, top-k and top-p, then a sum of
+    1."""
     scaled = scale_logits(logits.float(), params.temperature, vocab_size)
     weights = filter_weights((scaled - scaled.amax(-1, keepdim=True)).exp(), params)
     return weights / weights.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What pages/qwen2.js needs to run a checkpoint in a browser, and a problem that shows something.
+"""A checkpoint as pages/qwen2.js runs it in a browser, and a problem that shows something.
 
 facts["live"] = live([model], tokenizer, description, ("<|im_start|>user\\n", "[3, 5, 2] = 13", "..."))
 """

@@ -1,4 +1,4 @@
-"""What a step did to each token of a response, and what the other losses would have done.
+"""The effect of a step on each token of a response, and that of the other losses.
 
     microscope(run)["steps"][0]["responses"][0]      # tokens, ratios, entropies, weights and coefficients, for the page
 
@@ -106,7 +106,7 @@ def _options_said(o: LossOptions) -> str:
 
 
 def _response(record: Record, number: int, o: LossOptions) -> dict[str, Any]:
-    """What is known of a response without its log-probabilities. Tokens of a response that is left out move nothing."""
+    """The facts of a response without its log-probabilities. Tokens of a response that is left out move nothing."""
     update = record["update"]
     n, facts = len(record["tokens"]), update["step"]
     shown = {

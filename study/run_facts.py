@@ -1,4 +1,4 @@
-"""What the page of a run shows, as plain data: headline, curves with intervals, first and last values, settings.
+"""The contents of the page of a run, as plain data: headline, curves with intervals, first and last values, settings.
 
     shown = facts([read_run(folder) for folder in folders])     # ready for JSON
 

@@ -156,7 +156,7 @@ def read_samples(path: Path, notes: list[str]) -> list[Record]:
 
 
 def read_machine(folder: Path) -> dict[str, str]:
-    """What RunLog wrote about the computer; nothing if it is missing or damaged."""
+    """The record of RunLog about the computer. Nothing if it is missing or damaged."""
     try:
         found = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -230,7 +230,7 @@ def _wrong_tokens(record: Record) -> str | None:
 
 
 def _wrong_update(record: Record) -> str | None:
-    """What is wrong with the numbers of a response's update (update/token_traces.py), in words."""
+    """The fault in the numbers of a response's update (update/token_traces.py), in words."""
     update = record["update"]
     if "tokens" not in record:
         return "the response is not written token by token"

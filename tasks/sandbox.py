@@ -181,7 +181,7 @@ class FunctionReward(JudgedInWorker):
 
 
 def _wrong_problem(problem: Any) -> str | None:
-    """What a user's method returned instead of a problem; None for a problem."""
+    """The object that a user's method returned in place of a problem. None for a problem."""
     if not isinstance(problem, Problem):
         return f"{type(problem).__name__}, expected Problem(id, messages, target)"
     if not isinstance(problem.id, str) or not isinstance(problem.response_prefix, str):

@@ -1,4 +1,4 @@
-"""A CUDA device for the tests of a machine without a GPU: it computes on the CPU and refuses what CUDA refuses.
+"""A CUDA device for the tests of a machine without a GPU: it computes on the CPU and refuses as CUDA does.
 
     with EmulatedCuda(capability=(8, 0)) as gpu:
         model.to("cuda"); generate(model, ...); update_policy(...)
@@ -397,7 +397,7 @@ def _written(func, args, kwargs) -> list[torch.Tensor]:
 
 
 def _torch_cuda(gpu: EmulatedCuda) -> dict[str, Any]:
-    """What stands in for the functions of torch.cuda."""
+    """Replacements for the functions of torch.cuda."""
     properties = types.SimpleNamespace(
         name="an emulated card", major=gpu.capability[0], minor=gpu.capability[1], total_memory=gpu.memory,
         multi_processor_count=80,

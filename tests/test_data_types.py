@@ -1,4 +1,4 @@
-"""The records: what a prompt becomes, and what an episode is before it is scored."""
+"""The records: prompts as batches, and episodes before they are scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulated CUDA device computes as the CPU does, and refuses or counts what a GPU refuses or waits for."""
+"""The emulated CUDA device computes as the CPU does, and refuses or counts as a GPU refuses or waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What explain.py says is what the model does, and the page's JavaScript is the same model."""
+"""The numbers of explain.py are those of the model, and the page's JavaScript is the same model."""
 
 from __future__ import annotations
 

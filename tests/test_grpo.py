@@ -575,8 +575,8 @@ def test_beta_without_a_reference_is_refused(tiny_model):
 
 @pytest.mark.parametrize("broken", ["advantage", "log-probability", "gradient", "loss", "weight"])
 def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, monkeypatch, broken):
-    """CHECKLIST 44: weights and moments stay as they were, the warning says what was not finite, and the next good
-    step goes through."""
+    """CHECKLIST 44: weights and moments stay as they were, the warning names the number that was not finite, and the
+    next good step goes through."""
     optimizer = MemoryEfficientAdamW(tiny_model.parameters(), lr=0.01)
     good = near(tiny_model, make_episodes())
     update_policy(tiny_model, optimizer, good)

@@ -397,7 +397,7 @@ def test_fresh_weights_depend_on_the_seed_alone():
 
 
 def test_large_tensors_ask_for_huge_pages():
-    """Importing the model switches it on, before torch makes a large one. Whoever set it keeps their choice."""
+    """Importing the model switches it on, before torch makes a large one. A value that the user set stays."""
     code = "import os, qwen2_llm; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     for theirs, expected in ((None, "1"), ("0", "0")):
         environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
@@ -408,7 +408,7 @@ def test_large_tensors_ask_for_huge_pages():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_memory_that_was_freed_between_pieces_in_use_goes_back_to_the_system():
-    """What glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
+    """Memory that glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
     code = """
 from model import memory
 import torch

@@ -61,7 +61,7 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 def test_token_ids_equal_transformers(folder, tokenizer):
-    """CHECKLIST 12. PreTrainedTokenizerFast reads tokenizer.json as it is, whatever class the folder names."""
+    """CHECKLIST 12. PreTrainedTokenizerFast reads tokenizer.json as it is, for any class that the folder names."""
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     messages = [{"role": "user", "content": TEXTS[2]}]
     chat = tokenizer.render_chat(messages)

@@ -1,4 +1,4 @@
-"""benchmarks/speedrun.py refuses what is against the rules of docs/speedrun.md, and counts only steps."""
+"""benchmarks/speedrun.py refuses runs that break the rules of docs/speedrun.md, and counts only steps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SCALES = ("group", "batch", "none")
 
 
 def unknown_choice(estimator: str, scale: str) -> str | None:
-    """What is wrong with an estimator and a scale, in one sentence. None: nothing."""
+    """The fault in an estimator and a scale, in one sentence. None: there is none."""
     if estimator not in ESTIMATORS or scale not in SCALES:
         return (
             f"estimator {estimator!r}, scale {scale!r}: expected one of {', '.join(ESTIMATORS)}, "

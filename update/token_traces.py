@@ -1,4 +1,4 @@
-"""What one update does to each token of a few responses, as the update itself computed it.
+"""The effect of one update on each token of a few responses, as the update itself computed it.
 
     traces = TokenTraces({0, 1, 2})                       # the numbers of the episodes in the step
     update_policy(model, optimizer, episodes, traces=traces)
@@ -88,7 +88,7 @@ class TokenTraces:
         self._parts.append((micro, part))
 
     def finish(self, step: Step, loss: LossOptions, refused: bool) -> None:
-        """Keep what all tokens of the step have in common: denominators, the options that are not the default, and
+        """Keep the numbers that all tokens of the step share: denominators, the options that are not the default, and
         whether the update was refused."""
         defaults = LossOptions()
         changed = {

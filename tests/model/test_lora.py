@@ -1,4 +1,4 @@
-"""lora.py: the formula, what is frozen, PEFT's format both ways, the merged export, and what is refused."""
+"""lora.py: the formula, frozen weights, PEFT's format both ways, the merged export, and refusals."""
 
 from __future__ import annotations
 

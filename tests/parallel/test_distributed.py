@@ -1,4 +1,4 @@
-"""Two and three processes do what one does: the same rollouts, gradients, refusals. When one dies, the others say so
+"""Two and three processes equal one: the same rollouts, gradients, refusals. When one dies, the others say so
 and end."""
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def steps(folder: Path, task=None, reference=None, **settings) -> dict:
 
 
 def rollouts(folder: Path) -> list:
-    """Seven prompts, of which the first five come again: copies get answers of their own, on whatever rank they are."""
+    """Seven prompts, of which the first five come again: copies get answers of their own, on any rank."""
     tokenizer = Tokenizer.from_pretrained(folder)
     batch = MiniBatch.from_problems(EvenLetters().problems("train", 7), tokenizer)
     episodes = rollout(make_model(), tokenizer, EvenLetters(), batch, SamplingParams(2, 12), seed=3, first_group_id=40)
@@ -123,7 +123,7 @@ def rollouts(folder: Path) -> list:
 
 
 def small_things() -> dict:
-    """What the ranks say to one another."""
+    """Messages between ranks."""
     rank, n = distributed.rank(), distributed.world_size()
     weights = [torch.arange(6.0).view(2, 3), torch.ones(3, dtype=torch.bfloat16)]
     distributed.check_equal_weights(weights, 1)
@@ -175,7 +175,7 @@ def everything(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, list[dict]]:
-    """Number of processes -> what each of them computed."""
+    """Number of processes -> the results of each."""
     folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     return {1: [everything(folder)]} | {n: values_of(run_ranks(n, everything, folder)) for n in (2, 3)}
 

@@ -99,7 +99,7 @@ def test_replays_change_nothing_but_numbers(tokenizer):
 
 
 def test_a_step_reads_no_number_back(tokenizer):
-    """On the meta device there are no numbers: whatever would wait (item, tolist, nonzero, a branch) raises."""
+    """On the meta device there are no numbers: every call that would wait (item, tolist, nonzero, a branch) raises."""
     model = make_model()
     decoder = decoder_for(model, tokenizer, top_k=5, top_p=0.9, min_p=0.1)
     with torch.inference_mode():
@@ -167,7 +167,7 @@ def test_prompts_are_prefilled_in_bounded_pieces(tokenizer, monkeypatch):
 
 
 def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatch, tokenizer):
-    """Rows are as many as a part of memory holds, whatever max_rows says. At least one."""
+    """Rows are as many as a part of memory holds, for any max_rows. At least one."""
     model, given = make_model(), []
     token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
@@ -285,7 +285,7 @@ def test_a_kept_decoder_does_not_keep_the_model(tokenizer, gpu):
 
 
 def test_large_decoders_are_not_kept(tokenizer, monkeypatch, gpu):
-    """The update needs the memory: what is kept takes at most a share of the device's, the newest first."""
+    """The update needs the memory: kept decoders take at most a share of the device's, the newest first."""
     model = stopping_model(1.0).to("cuda")
     sampled(model, tokenizer)
     size = shelf.nbytes(model)

@@ -574,7 +574,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, value, where):
 
 
 def test_unsound_checkpoints_push_no_sound_one_out(run):
-    """CHECKLIST 44: the newest are kept whatever they are, and `keep` sound ones with them."""
+    """CHECKLIST 44: the newest are kept in any state, and `keep` sound ones with them."""
     for step, sound in enumerate([True, True, False, False, True, False]):
         run(step, keep=2, sound=sound)
     assert names(run.folder) == ["latest", "step-000001", "step-000004", "step-000005"]
@@ -591,7 +591,7 @@ def test_state_must_be_json(run):
 
 
 def test_masters_are_stored_in_fp32(run):
-    """CHECKLIST 31: what is on the disk is the master, not the bf16 weight."""
+    """CHECKLIST 31: the disk has the master, not the bf16 weight."""
     tensors = load_file(run(1) / "optimizer.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert any(not torch.equal(t, t.bfloat16().float()) for name, t in tensors.items() if name.endswith("master"))

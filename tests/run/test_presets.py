@@ -1,4 +1,4 @@
-"""Every preset in configs/ parses, says what memory it needs, and dry-runs on a random two-layer model."""
+"""Every preset in configs/ parses, states its memory, and dry-runs on a random two-layer model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's name leads, and that what is bundled loads."""
+"""Where a checkpoint's name leads, and that the bundled model loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resume applies an option or refuses it, with a remedy that works. The file config.yaml says what ran."""
+"""A resume applies an option or refuses it, with a remedy that works. The file config.yaml has the options that ran."""
 
 from __future__ import annotations
 

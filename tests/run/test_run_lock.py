@@ -1,4 +1,4 @@
-"""One program per run folder: the second one is refused and told who the first one is. A kill frees the folder."""
+"""One program per run folder: the second one is refused, with the name of the first. A kill frees the folder."""
 
 from __future__ import annotations
 

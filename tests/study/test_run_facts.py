@@ -1,4 +1,4 @@
-"""What the page of a run shows is what the run's files hold, with intervals."""
+"""The page of a run shows the numbers of the run's files, with intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a run's files, it is read, left out with a note, or refused in one line. Never a traceback."""
+"""Every content of a run's files is read, left out with a note, or refused in one line. Never a traceback."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def episodes() -> list[Episode]:
 
 
 def refuse(model: Qwen2ForCausalLM, batch: list[Episode]) -> str:
-    """The diagnosis of a refused update, after which weights and moments are what they were."""
+    """The diagnosis of a refused update, after which weights and moments are unchanged."""
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     guard = Guard()

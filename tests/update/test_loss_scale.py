@@ -70,7 +70,7 @@ def test_gradients_in_fp16_are_those_of_fp32(options):
 
 
 def test_without_a_scale_small_gradients_would_be_lost():
-    """What the scale is for: the advantages are so small that most gradients are below fp16's smallest number."""
+    """The purpose of the scale: the advantages are so small that most gradients are below fp16's smallest number."""
     small = [Episode(**{**vars(e), "advantage": e.advantage * 1e-6}) for e in episodes()]
     zeros = {}
     for value in (1.0, FIRST):

@@ -449,7 +449,7 @@ def test_adaptive_entropy_coefficient():
 
 
 def test_top_entropy_mask_keeps_the_share_asked_for():
-    """CHECKLIST 18: tokens not kept neither count nor pass, whatever their entropy."""
+    """CHECKLIST 18: tokens not kept neither count nor pass, at any entropy."""
     entropy = torch.tensor([0.1, math.nan, 0.9, 0.4, 0.3, 0.8, 1e9, 0.7])
     keep = torch.tensor([1, 0, 1, 1, 1, 1, 0, 1]).bool()
     expected = {0.0: [2], 0.2: [2, 5], 0.4: [2, 5, 7], 1.0: [0, 2, 3, 4, 5, 7]}

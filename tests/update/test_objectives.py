@@ -1,4 +1,4 @@
-"""Every option of the objective: what it does to loss, reward or rollout, against the slow way written out."""
+"""Every option of the objective: its effect on loss, reward or rollout, against the slow way written out."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def transport_by_hand(policy, rollout_policy) -> float:
 
 
 def test_transport_is_from_the_hidden_states_of_the_rollout_policy(models):
-    """In the first update these are the policy's own. In later ones what `score_episodes` kept."""
+    """In the first update these are the policy's own. In later ones they come from `score_episodes`."""
     policy, sampler, _ = models
     episodes = make_episodes(sampler)
     first = update(policy, episodes, beta=2.0, kl="ot", micro_batch_tokens=12, **OT)
