@@ -524,7 +524,8 @@ class GRPO:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
+        self.entropy_coef = float(state["entropy_coef"])
+        self.applied_entropy_coef = float(state["applied_entropy_coef"])
         self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
         self.loss_scale.load_state_dict(state)
         self.num_tokens = int(state.get("num_tokens", 0))  # nor this one: it counts from the resume on

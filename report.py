@@ -27,7 +27,7 @@ import torch
 
 from data_types import Episode
 from run.checkpoint import find_checkpoint
-from run.flags import one_line
+from run.flags import ArgumentParser, one_line
 from run.pretrained import load_policy
 from run.terminal import complain, run_program, say
 from study.pictures import save_pictures
@@ -115,15 +115,15 @@ def _finite(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     after = "score the shown samples with a later checkpoint (default: each run's last one)"
     parser.add_argument("--after", nargs="?", const="latest", metavar="CHECKPOINT", help=after)
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write every chart as a picture there")
-    args = parser.parse_args(argv)
-    out = args.out or args.runs[0] / "report.html"
     try:
+        args = parser.parse_args(argv)
+        out = args.out or args.runs[0] / "report.html"
         runs = [read_run(folder) for folder in args.runs]
         shown = facts(runs)
         shown["groups"] = [groups(run) for run in runs]

@@ -35,7 +35,7 @@ from parallel import distributed
 from parallel.sharding import is_sharded, whole, whole_optimizer
 from rollout.sampling import SamplingParams
 from run import snapshots
-from run.checkpoint import find_checkpoint, load_checkpoint, rewind, save_checkpoint
+from run.checkpoint import DAMAGED, damaged_state, find_checkpoint, load_checkpoint, rewind, save_checkpoint
 from run.config import Config, config_files, parse_args
 from run.flags import one_line
 from run.memory_plan import advice, check_machine, describe, dry_run, peak_gib, place_of
@@ -95,11 +95,8 @@ def train_in(lock: RunLock, config: Config) -> int:
     first = step = 0
     saved, broken = True, None
     if resumed:
-        state = load_checkpoint(resumed, trainer.optimizer)
-        set_random_states(state["random"])
-        trainer.load_state_dict(state["trainer"])
+        first = step = restore(trainer, resumed)
         apply_settings(trainer, start.before)
-        first = step = trainer.step_count = state["step"]
         distributed.on_main(lambda: (rewind(run_dir, first, config.keep_checkpoints), snapshots.rewind(run_dir, first)))
 
     stop = StopRequest()
@@ -191,11 +188,23 @@ def way_to_go_on(run_dir: Path, step: int) -> str:
     return f"go on{where} with: {python} train.py --resume {shlex.quote(str(run_dir))}"
 
 
+def restore(trainer: GRPO, checkpoint: Path) -> int:
+    """Put back the state of a checkpoint: optimizer, random generators, trainer. Returns its step."""
+    state = load_checkpoint(checkpoint, trainer.optimizer)
+    try:
+        set_random_states(state["random"])
+        trainer.load_state_dict(state["trainer"])
+    except DAMAGED:
+        raise damaged_state(checkpoint) from None
+    trainer.step_count = state["step"]
+    return trainer.step_count
+
+
 def apply_settings(trainer: GRPO, before: Config | None) -> None:
     """Let the options of a resumed run be those of its config, which the checkpoint's state does not know."""
     c = trainer.config
     for group in trainer.optimizer.param_groups:
-        group |= {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+        group |= {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay, "amsgrad": c.amsgrad}
     if before and (c.entropy_coef, c.entropy_target) != (before.entropy_coef, before.entropy_target):
         trainer.entropy_coef = trainer.applied_entropy_coef = c.entropy_coef  # an adaptive one begins anew
 

@@ -309,7 +309,7 @@ def test_a_problem_has_as_many_traces_as_asked_and_its_prompt_counts_once(tokeni
     assert len(set(map(tuple, example.responses))) > 4  # each has habits of its own
     assert len(example) == len(example.prompt_ids) + sum(map(len, example.responses))
     assert len(example.responses) == 8
-    with pytest.raises(ValueError, match="--traces-per-problem 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="--traces-per-problem 0: expected 1 or more"):
         warm_start.main(Options(traces_per_problem=0))
 
 
