@@ -131,7 +131,8 @@ def recovered(before: list[float], after: list[float], swapped: list[float]) -> 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(columns.shape[1], (DRAWS, columns.shape[1]), generator=generator)
     old, new, mixed = columns[:, rows].mean(-1)
-    low, high = ((mixed - old) / (new - old)).quantile(torch.tensor([0.025, 0.975])).tolist()
+    shares = ((mixed - old) / (new - old))[new != old]  # a draw of few problems may have no gain
+    low, high = shares.quantile(torch.tensor([0.025, 0.975])).tolist() if len(shares) else (0.0, 0.0)
     old, new, mixed = columns.mean(-1).tolist()
     return {"solved": mixed, "share": (mixed - old) / (new - old) if new != old else 0.0, "low": low, "high": high}
 
