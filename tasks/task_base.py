@@ -122,7 +122,7 @@ class Task:
         return float(self.is_correct(problem, answer))
 
     def reward(self, problem: Problem, response: str) -> Reward:
-        """Sum of weight * part. Parts: format and answer in [0, 1]; language, repetition and arithmetic if weighted.
+        """Sum of weight * part. Parts: format and answer in [0, 1], and the other ones that have a weight.
 
         `response` is the text after the prompt. A reward does not see token counts: the trainer applies the overlong
         penalty (shaping.py).
