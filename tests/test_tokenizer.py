@@ -264,6 +264,18 @@ def test_special_flags_of_the_tokenizer_config_win_when_decoding(special, before
         assert ours.decode([0, 32]) == (" " if special else " <im>")
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_special_flags_of_a_qwen2_folder_are_those_of_the_tokenizer_config(special, before, tmp_path):
+    """Qwen2Tokenizer of transformers forgets the flags of tokenizer.json. The library alone keeps a token special."""
+    added = [tokenizers.AddedToken("<im>", special=before)]
+    config = {"added_tokens_decoder": {"32": {**TOKEN, "rstrip": False, "special": special}}, "unk_token": None}
+    folder = write_words(tmp_path, {**config, "pad_token": None}, added, config={"model_type": "qwen2"})
+    ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.decode([1, 32, 2]) == theirs.decode([1, 32, 2], skip_special_tokens=True)
+    assert ours.decode([1, 32, 2]) == ("ab" if special else "a<im>b")
+
+
 def test_a_named_token_is_special_when_decoding(tmp_path):
     added = [tokenizers.AddedToken("<im>", special=False)]
     ours = assert_as_transformers(write_words(tmp_path, {"bos_token": "<im>"}, added))
