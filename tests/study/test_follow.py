@@ -123,7 +123,8 @@ def test_a_taken_port_is_passed_over_or_said_in_one_line(tmp_path, serve, capsys
     assert one != two
 
 
-def test_only_the_loopback_address_listens_and_only_by_its_own_name(tmp_path, serve):
+def test_only_the_loopback_address_listens_and_only_by_its_own_name(tmp_path):
+    """CHECKLIST 74: no other machine can ask, and no other web page."""
     sock = follow.listen(None)
     assert sock.getsockname()[0] == "127.0.0.1"
     sock.close()

@@ -91,12 +91,12 @@ def test_a_token_is_chosen_by_a_click_or_by_keys(page):
 
 def test_another_step_and_response_is_shown(page):
     before = page.locator("#m-view").inner_text()
-    page.select_option("#m-step", "1")
+    page.select_option("#m-step", index=1)
     assert page.locator("#m-step-facts").inner_text().startswith("Step 2:")
     assert page.locator("#m-view").inner_text() != before
     count = page.locator("#m-response option").count()
     for i in range(count):
-        page.select_option("#m-response", str(i))
+        page.select_option("#m-response", index=i)
     assert not page.troubles
 
 
@@ -158,10 +158,10 @@ def test_numbers_of_any_size_do_not_stop_the_script(browser, tmp_path):
     folder = write_run(tmp_path / "a", samples=samples)
     assert report.main([str(folder)]) == 0
     page = opened(browser, folder / "report.html")
-    for step in ("0", "1"):
-        page.select_option("#m-step", step)
-        for response in ("0", "1"):
-            page.select_option("#m-response", response)
+    for step in (0, 1):
+        page.select_option("#m-step", index=step)
+        for response in (0, 1):
+            page.select_option("#m-response", index=response)
             for lens in ("coefficient", "ratio", "weight", "entropy"):
                 page.select_option("#m-colour", lens)
     assert not page.troubles
