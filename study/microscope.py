@@ -112,7 +112,7 @@ def _response(record: Record, number: int, o: LossOptions) -> dict[str, Any]:
     shown = {
         "group": record["group_id"], "problem": record["problem"], "number": number, "reward": record["reward"],
         "right": record["reward_parts"].get("answer") == 1.0, "advantage": record["advantage"],
-        "tokens": record["tokens"], "drawn": record["token_logprobs"], "response": record["response"],
+        "tokens": record["tokens"], "drawn": record["token_logprobs"],
         "weights": {name: _weight(name, n, facts["tokens"], facts["responses"], facts["longest"]) for name in UNITS},
     }  # fmt: skip
     numbers = [update[name] for name in UPDATE_LISTS if name in update]

@@ -138,7 +138,7 @@ def test_a_run_keeps_what_the_page_shows(real_run):
         }  # fmt: skip
     assert run.machine == describe_machine()
     with_tokens = [s for s in run.samples if "tokens" in s]
-    assert len(with_tokens) == 2 * 8  # the first group of each step
+    assert len(with_tokens) == len(run.samples) == 2 * 16  # all of both steps: fewer tokens than --log-tokens
     assert all("".join(s["tokens"]).startswith(s["response"]) for s in with_tokens)
 
 
