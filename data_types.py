@@ -72,7 +72,7 @@ class Episode:
     group_id: int
     prompt_ids: list[int]
     response_ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float]  # 0 for a token that the environment gave
     text: str
     finish_reason: FinishReason
     reward: float = math.nan  # NaN: the reward could not be computed; the episode gets advantage 0
@@ -82,6 +82,24 @@ class Episode:
     temperature: float = 1.0
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
+    sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
+
+    @property
+    def sampled_positions(self) -> list[int]:
+        """Indices of the response ids that the policy sampled. Losses, lengths and metrics count only these."""
+        if self.sampled is None:
+            return list(range(len(self.response_ids)))
+        return [t for t, sampled in enumerate(self.sampled) if sampled]
+
+    @property
+    def n_sampled(self) -> int:
+        """Number of sampled tokens: the length of the response."""
+        return len(self.response_ids) if self.sampled is None else sum(self.sampled)
+
+    @property
+    def sampled_logprobs(self) -> list[float]:
+        """The sampler's log-probability of each sampled token."""
+        return [self.logprobs[t] for t in self.sampled_positions]
 
     @property
     def task_reward(self) -> float:

@@ -20,7 +20,7 @@ textbook.py has the same algorithm on one page without any fast path. Departures
     trainer = GRPO()                                          # the bundled tiny model on the CPU
     loss = trainer.train_step("What is 12 + 7 * 3?", "33")    # one group, one update
 
-Shape letters: N flat tokens of a micro-batch, M of them scored (response tokens), E episodes, D hidden, V vocabulary.
+Shape letters: N flat tokens of a micro-batch, M of them scored (sampled tokens), E episodes, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -371,7 +371,8 @@ class GRPO:
         metrics = self.update(episodes)
         updated = time.perf_counter()
         episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
-        response_tokens = sum(len(e.response_ids) for e in episodes)
+        response_tokens = sum(e.n_sampled for e in episodes)
+        all_tokens = sum(len(e.response_ids) for e in episodes)  # with those that an environment gave
         rates = {
             "rollout/tokens_per_second": response_tokens / (sampled - started),
             "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
@@ -383,7 +384,7 @@ class GRPO:
             **metrics,
             **(self.curriculum.metrics() if self.curriculum else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "num_tokens": response_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
+            "num_tokens": all_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
             **rates,
             "step_time": updated - started,
         }

@@ -18,6 +18,7 @@ Departures from the usual logger:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -135,7 +136,7 @@ class RunLog:
             if math.floor((i + 1) * self._share) > math.floor(i * self._share):
                 if episode.group_id not in prompts:
                     prompts[episode.group_id] = decode(episode.prompt_ids)
-                record = _sample(step, episode, prompts[episode.group_id])
+                record = _sample(step, episode, prompts[episode.group_id], decode)
                 if episode.group_id == episodes[0].group_id:
                     record |= _tokens(episode, decode)
                 records.append(record)
@@ -151,7 +152,9 @@ class RunLog:
 
         sampled: True at the run's temperature, False greedy.
         """
-        records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
+        records = [
+            _sample(step, e, decode(e.prompt_ids), decode) | {"sampled": sampled} | _tokens(e, decode) for e in episodes
+        ]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
         self._texts |= held_out_texts(episodes, sampled)
 
@@ -265,7 +268,7 @@ def _number(value: Any) -> float | int | None:
         return None
 
 
-def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
+def _sample(step: int, episode: Episode, prompt: str, decode: Callable[[list[int]], str]) -> dict[str, Any]:
     return {
         "step": step,
         "group_id": episode.group_id,
@@ -276,8 +279,15 @@ def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
         "reward_parts": {name: _number(value) for name, value in episode.reward_parts.items()},
         "advantage": _number(episode.advantage),
         "finish_reason": episode.finish_reason,
-        "response_tokens": len(episode.response_ids),
-    }
+        "response_tokens": episode.n_sampled,
+    } | ({} if episode.sampled is None else {"turns": _turns(episode, decode)})
+
+
+def _turns(episode: Episode, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+    """A response with observations, cut at its turns: {"given": True for the environment's text, "text": ...}."""
+    assert episode.sampled is not None
+    cut = itertools.groupby(zip(episode.sampled, episode.response_ids), key=lambda pair: pair[0])
+    return [{"given": not sampled, "text": decode([token for _, token in pairs])} for sampled, pairs in cut]
 
 
 def _tokens(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:
@@ -287,4 +297,4 @@ def _tokens(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, A
         "token_ids": episode.response_ids,
         "tokens": [decode([token_id]) for token_id in episode.response_ids],
         "token_logprobs": [_number(round(logprob, 4)) for logprob in episode.logprobs],
-    }
+    } | ({} if episode.sampled is None else {"token_sampled": episode.sampled})

@@ -103,7 +103,7 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         "reward": rewards.nanmean().item(),
         "reward_std": fmean(pstdev(group) if group else 0.0 for group in groups.values()),
         "frac_reward_zero_std": fmean(not has_signal(group) for group in own.values()),
-        "completions/mean_length": fmean(len(e.response_ids) for e in episodes),
+        "completions/mean_length": fmean(e.n_sampled for e in episodes),
         "completions/clipped_ratio": fmean(e.truncated for e in episodes),
     }
     missing = fmean(math.isnan(e.reward) for e in episodes)
