@@ -31,6 +31,13 @@ class Reward(NamedTuple):
     parts: dict[str, float]
 
 
+class Turn(NamedTuple):
+    """A piece of a response that calls a tool: text that the policy sampled, or an observation that it was given."""
+
+    text: str
+    given: bool
+
+
 @dataclass
 class MiniBatch:
     """The prompts of one step: problems, text and token ids, in the same order."""
@@ -60,6 +67,8 @@ class Completion:
     text: str
     finish_reason: FinishReason  # "stop": a stop id or stop string. "length": cut at max_new_tokens. "not_finite": cut
     # because the logits were not finite; its last id was drawn from them and has log-probability NaN
+    sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
+    turns: list[Turn] | None = None  # the response's text in pieces, if `sampled` is not None
 
 
 @dataclass
@@ -83,6 +92,7 @@ class Episode:
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
     sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
+    turns: list[Turn] | None = None  # the response's text in pieces, if `sampled` is not None
 
     @property
     def sampled_positions(self) -> list[int]:
