@@ -47,6 +47,7 @@ from parallel.sharding import ShardedAdamW, gradients_of_all_ranks, is_sharded, 
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
+from rollout.tool_turns import Environment
 from run.config import Config, load_config, preset_for
 from run.memory_plan import choose_place
 from run.options import LossOptions
@@ -99,12 +100,18 @@ def rollout(
     completions = generate(
         model if alone else whole(model), batch.prompt_ids, sampling, tokenizer=tokenizer, seed=seed,
         only=None if alone else distributed.share(len(batch)), must_be_finite=must_be_finite,
+        environment=None if sampling.ignore_eos else Environment.of(task, batch.problems),
     )  # fmt: skip
     episodes = []
     for completion in completions:
         problem = batch.problems[completion.prompt_index]
         broken = completion.finish_reason == "not_finite"
-        reward = Reward(math.nan, {}) if broken else task.reward(problem, completion.text)
+        if broken:
+            reward = Reward(math.nan, {})
+        elif completion.turns is None:
+            reward = task.reward(problem, completion.text)
+        else:
+            reward = task.reward_turns(problem, completion.turns)
         check_names("reward part", reward.parts)
         episodes.append(
             Episode(
@@ -119,6 +126,8 @@ def rollout(
                 temperature=sampling.temperature or 1.0,
                 vocab_size=tokenizer.vocab_size,
                 problem=problem,
+                sampled=completion.sampled,
+                turns=completion.turns,
             )
         )
     return episodes if alone else distributed.gather(episodes)

@@ -18,7 +18,6 @@ Departures from the usual logger:
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -136,7 +135,7 @@ class RunLog:
             if math.floor((i + 1) * self._share) > math.floor(i * self._share):
                 if episode.group_id not in prompts:
                     prompts[episode.group_id] = decode(episode.prompt_ids)
-                record = _sample(step, episode, prompts[episode.group_id], decode)
+                record = _sample(step, episode, prompts[episode.group_id])
                 if episode.group_id == episodes[0].group_id:
                     record |= _tokens(episode, decode)
                 records.append(record)
@@ -152,9 +151,7 @@ class RunLog:
 
         sampled: True at the run's temperature, False greedy.
         """
-        records = [
-            _sample(step, e, decode(e.prompt_ids), decode) | {"sampled": sampled} | _tokens(e, decode) for e in episodes
-        ]
+        records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
         self._texts |= held_out_texts(episodes, sampled)
 
@@ -268,7 +265,7 @@ def _number(value: Any) -> float | int | None:
         return None
 
 
-def _sample(step: int, episode: Episode, prompt: str, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
     return {
         "step": step,
         "group_id": episode.group_id,
@@ -280,14 +277,7 @@ def _sample(step: int, episode: Episode, prompt: str, decode: Callable[[list[int
         "advantage": _number(episode.advantage),
         "finish_reason": episode.finish_reason,
         "response_tokens": episode.n_sampled,
-    } | ({} if episode.sampled is None else {"turns": _turns(episode, decode)})
-
-
-def _turns(episode: Episode, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-    """A response with observations, cut at its turns: {"given": True for the environment's text, "text": ...}."""
-    assert episode.sampled is not None
-    cut = itertools.groupby(zip(episode.sampled, episode.response_ids), key=lambda pair: pair[0])
-    return [{"given": not sampled, "text": decode([token for _, token in pairs])} for sampled, pairs in cut]
+    } | ({} if episode.turns is None else {"turns": [turn._asdict() for turn in episode.turns]})
 
 
 def _tokens(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:

@@ -12,15 +12,19 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from data_types import Turn
 
-def turns_of(record: dict[str, Any]) -> list[tuple[str, bool]]:
+
+def turns_of(record: dict[str, Any]) -> list[Turn]:
     """The response in pieces, each with whether the environment gave it. Without a tool it is one sampled piece."""
     turns = record.get("turns")
     valid = isinstance(turns, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("text"), str) and isinstance(turn.get("given"), bool)
         for turn in turns
     )
-    return [(turn["text"], turn["given"]) for turn in turns] if valid and turns else [(record["response"], False)]
+    if not valid or not turns:
+        return [Turn(record["response"], False)]
+    return [Turn(turn["text"], turn["given"]) for turn in turns]
 
 
 def turns_html(record: dict[str, Any]) -> str:

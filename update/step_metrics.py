@@ -106,6 +106,9 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         "completions/mean_length": fmean(e.n_sampled for e in episodes),
         "completions/clipped_ratio": fmean(e.truncated for e in episodes),
     }
+    if any(e.turns is not None for e in episodes):
+        metrics["tools/calls"] = fmean(sum(turn.given for turn in e.turns or []) for e in episodes)
+        metrics["tools/given_tokens"] = fmean(len(e.response_ids) - e.n_sampled for e in episodes)
     missing = fmean(math.isnan(e.reward) for e in episodes)
     if missing:
         metrics["frac_reward_missing"] = missing

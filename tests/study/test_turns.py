@@ -5,13 +5,14 @@ import json
 import pytest
 from report_fixtures import sample
 
-from data_types import Episode
+from data_types import Episode, Turn
 from run.config import Config
 from run.run_log import RunLog
 from study.turns import sampled_mask, turns_html, turns_of
 
 IDS = [ord(letter) for letter in "2*3?6!"]
 SAMPLED = [True, True, True, True, False, True]
+TURNS = [Turn("2*3?", False), Turn("6", True), Turn("!", False)]
 
 
 def decode(ids: list[int]) -> str:
@@ -25,10 +26,10 @@ def written(folder, **changes) -> dict:
 
 
 def test_a_sample_has_its_turns_and_its_mask(tmp_path):
-    record = written(tmp_path, sampled=SAMPLED)
+    record = written(tmp_path, sampled=SAMPLED, turns=TURNS)
     assert record["response"] == "2*3?6!"
     assert record["response_tokens"] == 5
-    assert turns_of(record) == [("2*3?", False), ("6", True), ("!", False)]
+    assert turns_of(record) == TURNS
     assert sampled_mask(record) == SAMPLED
 
 
