@@ -34,7 +34,7 @@ from rollout.decode_graph import Capture
 from rollout.decoding import Decoder, Responses, _pieces, stop_string_end, stop_tail
 from rollout.group_cache import take
 from rollout.sampling import SamplingParams
-from tasks.task_base import Task
+from tasks.task_base import Task, check_stop_strings
 from tokenizer import Tokenizer
 
 RETURN = 1 / 8  # of the rows that are not finished must wait before they return: one prefill for all of them
@@ -59,8 +59,7 @@ class Environment:
     max_turn_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop_strings, str) or not all(isinstance(s, str) and s for s in self.stop_strings):
-            raise ValueError(f"stop_strings is {self.stop_strings!r:.200}; expected a tuple of texts, none empty")
+        check_stop_strings(self.stop_strings)
 
     @classmethod
     def of(cls, task: Task, problems: Sequence[Problem]) -> Environment | None:
@@ -74,7 +73,7 @@ class Environment:
                 raise TypeError(f"{type(task).__name__}.respond returned {type(text).__name__}, expected text or None")
             return text
 
-        return cls(respond, task.stop_strings, task.max_turns, task.max_turn_tokens)
+        return cls(respond, tuple(task.stop_strings), task.max_turns, task.max_turn_tokens)
 
 
 def decode_with_tools(

@@ -184,6 +184,13 @@ class Task:
         return self.reward(problem, "".join(turn.text for turn in turns))
 
 
+def check_stop_strings(stop_strings: Any) -> tuple[str, ...]:
+    """The stop strings as a tuple. Raises ValueError, in one line, for anything but texts that are not empty."""
+    if not isinstance(stop_strings, tuple | list) or not all(isinstance(s, str) and s for s in stop_strings):
+        raise ValueError(f"stop_strings is {stop_strings!r:.200}; expected a tuple of texts, none empty")
+    return tuple(stop_strings)
+
+
 @dataclass(kw_only=True)
 class QuestionTask(Task):
     """Questions with a short answer, mostly a number. Base of arithmetic, GSM8K and files of (question, answer)."""
