@@ -1,6 +1,8 @@
 """Responses that use the calculator wrongly, token by token through a whole step: each has an end, a mask and a reward.
 
 The sampler is replaced by a script: the uniform numbers are the ids to sample, and each sampled token takes one.
+
+CHECKLIST 68.
 """
 
 from __future__ import annotations

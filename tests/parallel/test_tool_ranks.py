@@ -1,4 +1,7 @@
-"""Several processes roll out a task with a tool as one process does, and compute the same gradient."""
+"""Several processes roll out a task with a tool as one process does, and compute the same gradient.
+
+CHECKLIST 66.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rollouts with a tool against the whole model on the whole sequence, for every boundary and limit."""
+"""Rollouts with a tool against the whole model on the whole sequence, for every boundary and limit.
+
+CHECKLIST 66, CHECKLIST 67.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The calculator as an environment: exact results, errors that are results, calls in wrong places, prices."""
+"""The calculator as an environment: exact results, errors that are results, calls in wrong places, prices.
+
+CHECKLIST 68.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A user's own tool: it works in its worker, and a failure of any kind is a result, not the end of the run."""
+"""A user's own tool: it works in its worker, and a failure of any kind is a result, not the end of the run.
+
+CHECKLIST 68.
+"""
 
 from __future__ import annotations
 

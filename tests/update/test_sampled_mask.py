@@ -1,4 +1,7 @@
-"""Tokens that the environment gave: context for later tokens, and nothing else. Against textbook.py and full logits."""
+"""Tokens that the environment gave: context for later tokens, and nothing else. Against textbook.py and full logits.
+
+CHECKLIST 66.
+"""
 
 from __future__ import annotations
 
