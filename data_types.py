@@ -69,6 +69,7 @@ class Completion:
     # because the logits were not finite; its last id was drawn from them and has log-probability NaN
     sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
     turns: list[Turn] | None = None  # the response's text in pieces, if `sampled` is not None
+    kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
 
 
 @dataclass
@@ -86,11 +87,14 @@ class Episode:
     finish_reason: FinishReason
     reward: float = math.nan  # NaN: the reward could not be computed; the episode gets advantage 0
     reward_parts: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float] | None = None  # the task's, of this response; None: not computed
     unshaped_reward: float | None = None  # `reward` before the trainer's penalties; None: there were none
     advantage: float = 0.0
     temperature: float = 1.0
     vocab_size: int | None = None  # ids from here on exist in the embedding but not in the tokenizer
     problem: Problem | None = None
+    trace: dict[str, Any] | None = None  # numbers of its last update, token by token (update/token_traces.py)
+    kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
     sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
     turns: list[Turn] | None = None  # the response's text in pieces, if `sampled` is not None
 

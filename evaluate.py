@@ -39,7 +39,11 @@ from update.step_metrics import reward_metrics
 
 MOST_SAMPLES = 2**16
 HELP = {"ckpt", "seed", "device", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "eval_problems"}
-HELP |= {field.name for field in dataclasses.fields(TaskOptions)} - {"curriculum", "overlong_buffer"}  # of the training
+HELP |= {field.name for field in dataclasses.fields(TaskOptions)} - {
+    "curriculum",
+    "overlong_buffer",
+    "random_reward",
+}  # of the training
 
 
 class Evaluation(NamedTuple):

@@ -29,15 +29,16 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 
-from data_types import Episode, MiniBatch, Problem, Reward
+from data_types import Completion, Episode, MiniBatch, Problem, Reward
 from math_task import task_from_config
+from model.compiled import compiled_functions
 from model.linear import gradients_in_place
 from model.lora import add_lora, has_lora, trainable
 from model.memory import halve_when_out_of_memory
@@ -56,14 +57,16 @@ from tasks.curriculum import Curriculum
 from tasks.metric_names import check_names
 from tasks.task_base import QuestionTask, Task
 from tokenizer import Tokenizer
+from update.advantages import NAMED, length_weighted_mean, named_advantages, unknown_choice
 from update.guards import Guard, name_culprit, not_finite_answer
 from update.loss_scale import LossScale
 from update.losses import adapt_entropy_coef
 from update.objective import micro_batch_loss
 from update.packing import Scores, Step
 from update.scoring import score_episodes, top_entropy_masks
-from update.shaping import drop_zero_variance, penalise_divergence, penalise_length
+from update.shaping import PENALTY_WEIGHTS, drop_zero_variance, penalise_divergence, penalise_length, random_rewards
 from update.step_metrics import Metrics, StepTotals, reward_metrics
+from update.token_traces import TokenTraces, first_groups
 
 logger = logging.getLogger(__name__)
 SPARE_PROBLEMS = 2**31  # number of the first problem that replaces a dropped one, far from the run's own problems
@@ -93,7 +96,7 @@ def rollout(
     must_be_finite: True raises ValueError if the model's logits are not finite. False ends such a response there, with
         the finish reason "not_finite" and no reward. `update_policy` refuses a step that has one.
     """
-    if sampling.filtered:
+    if sampling.filtered and not sampling.keep_mask:
         logger.warning("top-k, top-p or min-p is on: the sampled distribution differs from the trained one, "
                        "which biases the ratio")  # fmt: skip
     alone = distributed.world_size() == 1
@@ -105,13 +108,7 @@ def rollout(
     episodes = []
     for completion in completions:
         problem = batch.problems[completion.prompt_index]
-        broken = completion.finish_reason == "not_finite"
-        if broken:
-            reward = Reward(math.nan, {})
-        elif completion.turns is None:
-            reward = task.reward(problem, completion.text)
-        else:
-            reward = task.reward_turns(problem, completion.turns)
+        reward, diagnostics = _judged(task, problem, completion)
         check_names("reward part", reward.parts)
         episodes.append(
             Episode(
@@ -123,14 +120,27 @@ def rollout(
                 finish_reason=completion.finish_reason,
                 reward=reward.total,
                 reward_parts={**reward.parts},
+                diagnostics=diagnostics,
                 temperature=sampling.temperature or 1.0,
                 vocab_size=tokenizer.vocab_size,
                 problem=problem,
                 sampled=completion.sampled,
                 turns=completion.turns,
+                kept=completion.kept,
             )
         )
     return episodes if alone else distributed.gather(episodes)
+
+
+def _judged(task: Any, problem: Problem | None, completion: Completion) -> tuple[Reward, dict[str, float] | None]:
+    """Reward and diagnostics of a response. None: no diagnostics without a reward, or without a problem."""
+    if completion.finish_reason == "not_finite":
+        return Reward(math.nan, {}), None
+    if problem is None or not isinstance(task, Task):  # any object with a reward
+        return task.reward(problem, completion.text), None
+    if completion.turns is not None:
+        return task.judge_turns(problem, completion.turns)
+    return task.judge(problem, completion.text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +153,8 @@ def compute_advantages(
     estimator: str = "group_mean",
     scale: str = "group",
     epsilon: float = 1e-4,
+    k: int = 4,
+    part_weights: Mapping[str, float] | None = None,
 ) -> list[Episode]:
     """Episodes with their `advantage` filled in: (reward - baseline) / (deviation + epsilon). Returns new episodes.
 
@@ -150,38 +162,52 @@ def compute_advantages(
         group_mean    mean reward of the group (GRPO)
         rloo          mean reward of the others of the group (Ahmadian et al. 2024, arXiv 2402.14740)
         reinforce_pp  mean reward of the batch (REINFORCE++, Hu 2025, arXiv 2501.03262)
+        opo           mean reward of the group, weighted by the lengths (OPO, arXiv 2505.23585)
+      Three more have a division of their own (update/advantages.py has the formulas):
+        maxrl         (reward - mean) / mean of the group (MaxRL, arXiv 2602.02710)
+        gdpo          each reward part normalized in its group, their sum over the batch (GDPO, arXiv 2601.05242)
+        pass_at_k     a group is judged by the best of `k` of its responses (arXiv 2508.10751)
     scale: the deviation, of the population (divisor n): `group`, `batch`, or `none` (Dr. GRPO, arXiv 2503.20783).
         The baseline of reinforce_pp is the batch's, so its deviation is the batch's under `group`, too: a deviation
         of 0 in a group of equal rewards would turn a small difference from the batch into a huge advantage.
+    part_weights: gdpo: weight of each reward part. None, and for parts without a weight: 1.
 
-    Groups are given by `group_id`, in any order. If all rewards of a group are equal, its advantages under group_mean
-    and rloo are exactly 0. An episode whose reward is not finite gets 0 and does not change the others.
-    Raises ValueError for an unknown option.
+    Groups are given by `group_id`, in any order. If all rewards of a group are equal, its advantages are exactly 0,
+    except under reinforce_pp and gdpo. An episode whose reward is not finite gets 0 and does not change the others.
+    Raises ValueError for an unknown option, and for a scale that the estimator does not have.
     """
-    if estimator not in ("group_mean", "rloo", "reinforce_pp") or scale not in ("group", "batch", "none"):
-        raise ValueError(
-            f"estimator {estimator!r}, scale {scale!r}: expected one of group_mean, rloo, reinforce_pp, "
-            "and one of group, batch, none"
-        )
-    groups = defaultdict(list)
+    if wrong := unknown_choice(estimator, scale):
+        raise ValueError(wrong)
+    members = defaultdict(list)  # of each group: its episodes
     for episode in episodes:
         if math.isfinite(episode.reward):
-            groups[episode.group_id].append(episode.reward)
-    batch = [reward for rewards in groups.values() for reward in rewards]
-    done = []
-    for episode in episodes:
-        group = groups[episode.group_id]
-        rewards = batch if estimator == "reinforce_pp" else group  # the baseline is their mean
-        if not math.isfinite(episode.reward) or min(rewards) == max(rewards):  # equal: exactly 0, without rounding
-            done.append(replace(episode, advantage=0.0))
-            continue
-        advantage = episode.reward - fmean(rewards)
-        if estimator == "rloo":
-            advantage *= len(rewards) / (len(rewards) - 1)  # r - mean of the others
-        if scale != "none":
-            advantage /= pstdev(batch if scale == "batch" else rewards) + epsilon
-        done.append(replace(episode, advantage=advantage))
-    return done
+            members[episode.group_id].append(episode)
+    groups = list(members.values())
+    if estimator in NAMED:
+        found = named_advantages(groups, estimator, k=k, divide=scale == "group", epsilon=epsilon, weights=part_weights)
+    else:
+        batch = [episode.reward for group in groups for episode in group]
+        found = [_relative_rewards(group, batch, estimator, scale, epsilon) for group in groups]
+    advantage = {id(e): a for group, values in zip(groups, found) for e, a in zip(group, values)}
+    return [replace(episode, advantage=advantage.get(id(episode), 0.0)) for episode in episodes]
+
+
+def _relative_rewards(
+    group: list[Episode], batch: list[float], estimator: str, scale: str, epsilon: float
+) -> list[float]:
+    """(reward - baseline) / (deviation + epsilon) of a group's episodes. `batch`: all rewards of the step."""
+    own = [episode.reward for episode in group]
+    rewards = batch if estimator == "reinforce_pp" else own  # the baseline is their mean
+    if min(rewards) == max(rewards):  # equal: exactly 0, without rounding
+        return [0.0] * len(own)
+    baseline = length_weighted_mean(own, [e.n_sampled for e in group]) if estimator == "opo" else fmean(rewards)
+    advantages = [reward - baseline for reward in own]
+    if estimator == "rloo":
+        advantages = [a * len(rewards) / (len(rewards) - 1) for a in advantages]  # r - mean of the others
+    if scale == "none":
+        return advantages
+    deviation = pstdev(batch if scale == "batch" else rewards) + epsilon
+    return [a / deviation for a in advantages]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +227,7 @@ def update_policy(
     micro_batch_tokens: int = 16384,
     guard: Guard | None = None,
     loss_scale: LossScale | None = None,
+    traces: TokenTraces | None = None,
     **options: Any,
 ) -> Metrics:
     """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
@@ -216,6 +243,7 @@ def update_policy(
             runs out, the gradient is computed again with half as many.
         guard: keeps why an update was refused. None: only a warning.
         loss_scale: of fp16 weights, from the update before. None: a new one.
+        traces: keeps the numbers of some episodes, token by token. They change nothing.
 
     With several processes all of them pass the same episodes. Each computes its groups' part of the gradient.
     Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
@@ -233,11 +261,13 @@ def update_policy(
     def gradient(max_tokens: int) -> StepTotals:
         """Add the gradient of every micro-batch to `.grad`."""
         optimizer.zero_grad(set_to_none=True)
+        if traces is not None:
+            traces.clear(scale.value)
         micro_batches, totals = list(step.micro_batches(max_tokens)), StepTotals()
         masks = top_entropy_masks(model, micro_batches, loss.top_entropy_share)
         with gradients_in_place(not is_sharded(model)):
             for micro, mask in zip(micro_batches, masks):
-                (micro_batch_loss(loss, model, reference, micro, mask, totals) * scale.value).backward()
+                (micro_batch_loss(loss, model, reference, micro, mask, totals, traces) * scale.value).backward()
         return totals
 
     while True:
@@ -266,6 +296,8 @@ def update_policy(
     if scale.active:
         metrics["loss_scale"] = scale.value
     optimizer.zero_grad(set_to_none=True)
+    if traces is not None:
+        traces.finish(step, loss, refused=not finite)
     return metrics
 
 
@@ -300,6 +332,7 @@ class GRPO:
     Arguments that are not given are built from `config`. Without a config it is the bundled tiny model with its preset.
 
     step_count: number of steps so far, one rollout each.
+    num_tokens: tokens of all responses so far, each with its prompt, as TRL counts them.
     """
 
     def __init__(
@@ -342,6 +375,7 @@ class GRPO:
             place=choose_place(model, config),
         )  # fmt: skip
         self.step_count = 0
+        self.num_tokens = 0
         self.guard = Guard(config.max_refusals)
         self.loss_scale = LossScale(model.dtype)
         self.entropy_coef = config.entropy_coef  # the adaptive coefficient
@@ -350,7 +384,9 @@ class GRPO:
     @property
     def sampling(self) -> SamplingParams:
         c = self.config
-        return SamplingParams(c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p)
+        return SamplingParams(
+            c.group_size, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p, keep_mask=c.keep_sampling_mask
+        )  # fmt: skip
 
     def problems(self, n: int, start: int, task: Task | None = None) -> list[Problem]:
         """Training problems `start` to `start + n`: of the curriculum's levels if there is one, else of the task.
@@ -374,14 +410,18 @@ class GRPO:
         sampled = time.perf_counter()
         if self.curriculum:
             self.curriculum.record(episodes + dropped)  # those of all processes: the levels are the same in each
-        episodes = compute_advantages(episodes, estimator=c.advantage_estimator, scale=c.advantage_scale)
+        episodes = compute_advantages(
+            episodes, estimator=c.advantage_estimator, scale=c.advantage_scale, k=c.pass_k,
+            part_weights={**task.part_weights(), **PENALTY_WEIGHTS, "kl": -c.beta},
+        )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_count, c.lr, c.lr_schedule, c.warmup_steps, c.steps, c.min_lr_ratio)
         metrics = self.update(episodes)
         updated = time.perf_counter()
         episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
         response_tokens = sum(e.n_sampled for e in episodes)
-        all_tokens = sum(len(e.response_ids) for e in episodes)  # with those that an environment gave
+        # All tokens that the model saw: those that an environment gave, too.
+        self.num_tokens += sum(len(e.prompt_ids) + len(e.response_ids) for e in episodes)
         rates = {
             "rollout/tokens_per_second": response_tokens / (sampled - started),
             "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),
@@ -393,7 +433,7 @@ class GRPO:
             **metrics,
             **(self.curriculum.metrics() if self.curriculum else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "num_tokens": all_tokens + sum({e.group_id: len(e.prompt_ids) for e in episodes}.values()),
+            "num_tokens": self.num_tokens,
             **rates,
             "step_time": updated - started,
         }
@@ -426,6 +466,8 @@ class GRPO:
                 seed=c.seed * 1_000_003 + self.step_count + (number << 48),
                 first_group_id=(self.step_count * (1 + c.refill_rounds) + number) * P, must_be_finite=False,
             )  # fmt: skip
+            if c.random_reward:
+                episodes = random_rewards(episodes, c.random_reward, c.seed)
             if c.overlong_buffer:
                 episodes = penalise_length(episodes, c.max_new_tokens, c.overlong_buffer)
             if c.beta and c.kl_in == "reward":
@@ -444,6 +486,10 @@ class GRPO:
         """All updates of a rollout. Returns the metrics of the last one, with `sampling/...` of the first one.
 
         The difference between sampler and trainer is measured at equal weights, so only the first update shows it."""
+        with compiled_functions(self.config.compile):
+            return self._update(episodes)
+
+    def _update(self, episodes: list[Episode]) -> Metrics:
         c, before = self.config, None
         loss = c if c.entropy_target is None else replace(c, entropy_coef=self.applied_entropy_coef)
         if c.updates_per_rollout > 1 and c.needs_rollout_scores:
@@ -454,14 +500,17 @@ class GRPO:
         if c.lora_rank and c.lora_dropout:
             torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # a resumed run then has the same dropout
         first: Metrics = {}
-        for _ in range(c.updates_per_rollout):
+        traces = TokenTraces(first_groups(episodes, c.log_tokens))
+        for number in range(1, c.updates_per_rollout + 1):
             metrics = update_policy(
                 self.model, self.optimizer, episodes, loss=loss, reference=self.reference, before=before,
                 max_new_tokens=c.max_new_tokens, max_grad_norm=c.max_grad_norm,
                 micro_batch_tokens=c.micro_batch_tokens, guard=self.guard, loss_scale=self.loss_scale,
+                traces=traces if number == c.updates_per_rollout else None,
             )  # fmt: skip
             first = first or metrics
         metrics |= {name: value for name, value in first.items() if name.startswith("sampling/")}
+        traces.attach(episodes)
         if c.entropy_target is not None and not metrics["update/skipped"]:
             metrics["entropy_coef"] = self.applied_entropy_coef
             self.entropy_coef, self.applied_entropy_coef = adapt_entropy_coef(
@@ -477,13 +526,16 @@ class GRPO:
             "applied_entropy_coef": self.applied_entropy_coef,
             "refusals": refusals,
             **(self.loss_scale.state_dict() if self.loss_scale.active else {}),
+            "num_tokens": self.num_tokens,
             **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.entropy_coef, self.applied_entropy_coef = state["entropy_coef"], state["applied_entropy_coef"]
+        self.entropy_coef = float(state["entropy_coef"])
+        self.applied_entropy_coef = float(state["applied_entropy_coef"])
         self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
         self.loss_scale.load_state_dict(state)
+        self.num_tokens = int(state.get("num_tokens", 0))  # nor this one: it counts from the resume on
         if self.curriculum:
             self.curriculum.load_state_dict(state.get("curriculum", {}))
 

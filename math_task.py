@@ -13,7 +13,7 @@ earns no answer reward, as in GRPO-Zero.
 
     make_task("arithmetic", num_terms=(2,))                  # by name: see TASKS
     make_task("reasoning_gym:chain_sum")                     # pip install reasoning-gym
-    make_task("path/to/file.py:MyTask")                      # your own; docs/your-own.md shows how
+    make_task("path/to/file.py:MyTask")                      # your own: see docs/your-own.md
 
 `python math_task.py math_tasks.jsonl` writes a file of arithmetic questions for `MathDataset("math_tasks.jsonl")`.
 """

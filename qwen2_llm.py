@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attend, PackedAttention
+from model.compiled import compilable
 from model.layout import Layout
 from model.linear import Embedding, Linear, linear
 from model.qwen2_config import Qwen2Config
@@ -53,9 +54,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda":  # the same in one kernel; it rounds once, after the weight
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        x32 = x.float()
-        scale = torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return (x32 * scale).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+@compilable
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    scale = torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (x32 * scale).to(x.dtype) * weight
 
 
 class RotaryEmbedding(nn.Module):
@@ -87,6 +93,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
+@compilable
 def apply_rope(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + K/2}) by their angle, in fp32."""
     first, second = x_NHK.chunk(2, dim=-1)
@@ -130,7 +137,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+@compilable
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -175,7 +187,7 @@ class Qwen2Model(nn.Module):
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """The language model. `hidden_states` is what training and decoding call; `forward` is for people and parity."""
+    """The language model. Training and decoding call `hidden_states`. `forward` is for people and parity."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()

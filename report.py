@@ -27,7 +27,7 @@ import torch
 
 from data_types import Episode
 from run.checkpoint import find_checkpoint
-from run.flags import one_line
+from run.flags import ArgumentParser, one_line
 from run.pretrained import load_policy
 from run.terminal import complain, run_program, say
 from study.pictures import save_pictures
@@ -98,7 +98,7 @@ def _episode(answer: Record, tokenizer: Tokenizer, temperature: float) -> Episod
 
 
 def page(shown: dict[str, Any]) -> str:
-    """One HTML file with everything in it. What a model wrote is data: it never becomes markup."""
+    """One HTML file with everything in it. Text of a model is data: it never becomes markup."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
     return environment.get_template("report.html").render(
         facts=shown,
@@ -119,15 +119,15 @@ def _finite(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     after = "score the shown samples with a later checkpoint (default: each run's last one)"
     parser.add_argument("--after", nargs="?", const="latest", metavar="CHECKPOINT", help=after)
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write every chart as a picture there")
-    args = parser.parse_args(argv)
-    out = args.out or args.runs[0] / "report.html"
     try:
+        args = parser.parse_args(argv)
+        out = args.out or args.runs[0] / "report.html"
         runs = [read_run(folder) for folder in args.runs]
         shown = facts(runs)
         shown["groups"] = [groups(run) for run in runs]

@@ -71,7 +71,7 @@ class Tokenizer:
         kind = _transformers_class(settings, model_config)
         self._backend = load_backend(files["tokenizer.json"], folder / "tokenizer.json")
         obey_prefix_space(self._backend, settings, parsed["tokenizer.json"], kind, folder)
-        self._register(DeclaredTokens.read(parsed, folder), all_special=kind == "Qwen2Tokenizer")
+        self._register(DeclaredTokens.read(parsed, folder), as_qwen2=kind == "Qwen2Tokenizer")
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_token_ids = self._stop_ids(model_config)
         self.pad_token_id = self._pad_id(model_config)
@@ -160,7 +160,7 @@ class Tokenizer:
                 raise ValueError(f"{self._folder}: {error}") from error
         return self._templates[name]
 
-    def _register(self, declared: DeclaredTokens, all_special: bool) -> None:
+    def _register(self, declared: DeclaredTokens, as_qwen2: bool) -> None:
         self.special_tokens = {name: token.content for name, token in declared.named.items()}
         with_id = {token.content for token in declared.by_id.values()}
         for name in ("eos_token", "pad_token"):
@@ -171,7 +171,7 @@ class Tokenizer:
                     "tokenizer.json; the two files do not belong together"
                 )
         with no_panic():
-            register(self._backend, declared, all_special)
+            self._backend = register(self._backend, declared, as_qwen2)
 
     def _stop_ids(self, model_config: dict[str, Any]) -> tuple[int, ...]:
         """Every stop id, from the three files that may name one."""

@@ -34,7 +34,8 @@ from model.lora import has_lora, load_adapters, save_adapters, trainable
 from parallel import distributed
 from parallel.sharding import is_sharded, whole, whole_optimizer
 from rollout.sampling import SamplingParams
-from run.checkpoint import find_checkpoint, load_checkpoint, rewind, save_checkpoint
+from run import snapshots
+from run.checkpoint import DAMAGED, damaged_state, find_checkpoint, load_checkpoint, rewind, save_checkpoint
 from run.config import Config, config_files, parse_args
 from run.flags import one_line
 from run.memory_plan import advice, check_machine, describe, dry_run, peak_gib, place_of
@@ -94,12 +95,9 @@ def train_in(lock: RunLock, config: Config) -> int:
     first = step = 0
     saved, broken = True, None
     if resumed:
-        state = load_checkpoint(resumed, trainer.optimizer)
-        set_random_states(state["random"])
-        trainer.load_state_dict(state["trainer"])
+        first = step = restore(trainer, resumed)
         apply_settings(trainer, start.before)
-        first = step = trainer.step_count = state["step"]
-        distributed.on_main(lambda: rewind(run_dir, first, config.keep_checkpoints))
+        distributed.on_main(lambda: (rewind(run_dir, first, config.keep_checkpoints), snapshots.rewind(run_dir, first)))
 
     stop = StopRequest()
     told = dataclasses.replace(config, eval_problems=len(held_out))  # a data set may have fewer
@@ -109,7 +107,9 @@ def train_in(lock: RunLock, config: Config) -> int:
         if held_out and not resumed:
             log.phase("evaluating")
             log.log_step(0, evaluate(trainer, held_out, partial(log.log_held_out, 0, decode=tokenizer.decode)))
-
+        if not resumed:
+            distributed.on_main(lambda: snapshots.rewind(run_dir, -1))
+            snapshots.take(run_dir, 0, config.snapshots, config.steps, model)
         for step in range(first + 1, config.steps + 1):
             log.phase("rollout and update")
             problems = trainer.problems(config.prompts_per_step, start=(step - 1) * config.prompts_per_step)
@@ -130,6 +130,7 @@ def train_in(lock: RunLock, config: Config) -> int:
             if broken:
                 saved = False
                 break
+            snapshots.take(run_dir, step, config.snapshots, config.steps, model)
             # asked once: a signal after this line ends the next step, which is saved, too
             stopping = stop.agreed() or trainer.guard.gave_up
             if stopping or step == config.steps or is_due(step, config.save_every):
@@ -187,11 +188,23 @@ def way_to_go_on(run_dir: Path, step: int) -> str:
     return f"go on{where} with: {python} train.py --resume {shlex.quote(str(run_dir))}"
 
 
+def restore(trainer: GRPO, checkpoint: Path) -> int:
+    """Put back the state of a checkpoint: optimizer, random generators, trainer. Returns its step."""
+    state = load_checkpoint(checkpoint, trainer.optimizer)
+    try:
+        set_random_states(state["random"])
+        trainer.load_state_dict(state["trainer"])
+    except DAMAGED:
+        raise damaged_state(checkpoint) from None
+    trainer.step_count = state["step"]
+    return trainer.step_count
+
+
 def apply_settings(trainer: GRPO, before: Config | None) -> None:
     """Let the options of a resumed run be those of its config, which the checkpoint's state does not know."""
     c = trainer.config
     for group in trainer.optimizer.param_groups:
-        group |= {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+        group |= {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay, "amsgrad": c.amsgrad}
     if before and (c.entropy_coef, c.entropy_target) != (before.entropy_coef, before.entropy_target):
         trainer.entropy_coef = trainer.applied_entropy_coef = c.entropy_coef  # an adaptive one begins anew
 

@@ -27,11 +27,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tokenizers
 import torch
-import tyro
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -48,7 +47,8 @@ from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
 from rollout.tool_turns import Environment
-from run.flags import one_line
+from run.flags import one_line, parse_flags
+from run.options import Count, NumberOrNone, Positive, Range, Seed, check_ranges
 from run.pretrained import locate_pretrained
 from run.terminal import complain, printable, run_program, say
 from tasks.calculator import CALL_CLOSE, CALL_OPEN, RESULT_CLOSE, RESULT_OPEN
@@ -76,6 +76,9 @@ CHAT_TEMPLATE = (
 RETURN_EVERY = 8  # optimizer steps of a large model between two returns of free memory to the system
 
 
+Threads = Annotated[int, Range(1, 1024)]
+
+
 @dataclass
 class Options:
     """If a help text gives two defaults, the first is for a new model and the second for --ckpt."""
@@ -84,38 +87,38 @@ class Options:
     """Folder to write the checkpoint to."""
     ckpt: str | None = None
     """Checkpoint to start from, as train.py takes it; None: a new tiny model with a new tokenizer."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens to train on, prompts included; None: 12 M or 300,000."""
-    batch_tokens: int = 3000
+    batch_tokens: Count = 3000
     """Tokens per optimizer step. Small batches stay in the CPU's cache and are twice as fast."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Highest learning rate: a short warm-up, then cosine to 0. None: 3e-3 or 1e-5."""
-    traces_per_problem: int = 1
+    traces_per_problem: Count = 1
     """Traces per prompt, each with its own habits. The prompt is computed and counted once."""
-    room: int | None = None
+    room: Count | None = None
     """Longest response, in tokens, its stop token included. Keep it below --max-new-tokens of the later run. None: 172,
     or 256 for arithmetic."""
     task: Literal["countdown", "arithmetic", "calculator"] = "countdown"
     """Task of the examples."""
-    numbers: tuple[int, ...] = (3, 4)
+    numbers: tuple[Count, ...] = (3, 4)
     """Countdown: possible counts of numbers in a problem. A repeated count is drawn more often."""
-    max_number: int = 25
+    max_number: Count = 25
     """Countdown: largest number of a problem."""
     orderly: bool = False
     """Countdown: a search tries all attempts in order from a random first one. Without it, every attempt is random."""
-    num_terms: tuple[int, ...] = (2, 3)
+    num_terms: tuple[Count, ...] = (2, 3)
     """Arithmetic and calculator: possible counts of terms in a question."""
-    num_digits: tuple[int, ...] = (1, 2)
+    num_digits: tuple[Count, ...] = (1, 2)
     """Arithmetic and calculator: possible counts of digits in a term."""
     operators: str = "+-*"
     """Arithmetic and calculator: the signs between the terms, some of + - *."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the weights. Masters and moments are always fp32."""
-    threads: int = 1
+    threads: Threads = 1
     """CPU threads. Another number changes the rounding, and so the model."""
-    eval_problems: int = 512
+    eval_problems: NumberOrNone = 512
     """Held-out problems of the evaluation at the end; 0: none."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, problems and traces."""
 
     def __post_init__(self) -> None:
@@ -241,7 +244,8 @@ def trace(
 
 def examples(task: Task, tokenizer: Tokenizer, options: Options) -> Iterator[Example]:
     """An endless stream of training problems, each with its traces."""
-    stop = tokenizer.encode(tokenizer.special_tokens["eos_token"])
+    named = tokenizer.special_tokens.get("eos_token")
+    stop = tokenizer.encode(named) if named else [tokenizer.eos_token_ids[0]]
     rng = random.Random(f"traces {options.seed}")
     index = 0
     while True:
@@ -403,10 +407,9 @@ def make_task(options: Options) -> Task:
 
 
 def main(options: Options) -> None:
+    check_ranges(options)
     torch.set_num_threads(options.threads)
     task = make_task(options)
-    if options.traces_per_problem < 1:
-        raise ValueError(f"--traces-per-problem {options.traces_per_problem}, expected 1 or more")
     out, dtype = Path(options.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder to write to")
@@ -432,9 +435,9 @@ def main(options: Options) -> None:
 
 def program(argv: list[str]) -> int:
     try:
-        main(tyro.cli(Options, args=argv, description=__doc__))
+        main(parse_flags(Options, argv))
     except (ValueError, OSError) as error:
-        complain(f"error: {one_line(error)}")
+        complain(f"warm_start.py: {one_line(error)}")
         return 2
     return 0
 

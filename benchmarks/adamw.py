@@ -1,12 +1,12 @@
 """An AdamW step: ours, with fp32 state on the CPU, beside torch.optim.AdamW, fused and foreach.
 
-    python benchmarks/optimizer.py                             # 100 million parameters, cut like Qwen2.5-0.5B's
-    python benchmarks/optimizer.py --parameters 494000000 --device cuda
+    python benchmarks/adamw.py                                 # 100 million parameters, cut like Qwen2.5-0.5B's
+    python benchmarks/adamw.py --parameters 494000000 --device cuda
 
 All contenders hold the same weights and gradients and take turns. On the CPU the fair pair is `ours, fp32` and `torch
-fused, fp32`: the same bytes; `ours, bf16` also rounds masters to bf16 weights. On CUDA, `ours` carries gradients down
+fused, fp32`: the same bytes. `ours, bf16` also rounds masters to bf16 weights. On CUDA, `ours` carries gradients down
 and weights up, `copies alone` does only that, over pinned memory, and `torch fused on the GPU` has its state there.
-A step on paper moves budget.optimizer_bytes; the bandwidth is that of reading, measured in the same run.
+A step on paper moves budget.optimizer_bytes. The bandwidth is that of reading, measured in the same run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def copies(params: list[Tensor]) -> Step:
 
 
 def state_bytes_on_gpu(count: list[int], device: str) -> int:
-    """What our optimizer's state takes of the GPU's memory: allocated after a step, less allocated before."""
+    """GPU memory of our optimizer's state: allocated after a step, less allocated before."""
     params = parameters(count, torch.bfloat16, device)
     optimizer = MemoryEfficientAdamW(params, lr=LR)
     before = torch.cuda.memory_allocated()

@@ -1,10 +1,10 @@
-"""What one GRPO step must move and compute, by part: on paper, before anything is measured.
+"""Bytes and operations that one GRPO step needs, by part: on paper, before anything is measured.
 
     python benchmarks/budget.py                              # 4 prompts of 134 tokens x 8 answers x 64, Qwen2.5-0.5B
     python benchmarks/budget.py --gb-per-s 3350 --tflops 800 --group-size 64
 
 A part's floor is the larger of bytes / bandwidth and operations / rate. Counted are bytes that cannot be avoided:
-weights, keys and values, logits, gradients and optimizer state; activations are left out, for they may stay in a cache.
+weights, keys and values, logits, gradients and optimizer state. Activations may stay in a cache and are left out.
 A multiplication with its addition is two operations.
 
 Shape letters: D hidden, F feed-forward, V vocabulary, K head size, H query heads, G key-value heads.
@@ -44,7 +44,7 @@ def matrices(c: Qwen2Config) -> dict[str, int]:
 def decode_step(
     c: Qwen2Config, prompts: int, group: int, prompt_len: int, own_len: float, share_prompt=True
 ) -> list[Part]:
-    """One token for each of prompts * group rows that have `own_len` tokens of their own; bf16 weights and cache.
+    """One token for each of prompts * group rows that have `own_len` tokens of their own, bf16 weights and cache.
 
     Sampling reads the logits once, and the head writes them once.
     """
@@ -59,7 +59,7 @@ def decode_step(
 
 
 def rollout(c: Qwen2Config, prompts: int, group: int, prompt_len: int, new_tokens: int) -> list[Part]:
-    """Prefill of each prompt once, then new_tokens - 1 decode steps; head and sampling also give the first token."""
+    """Prefill of each prompt once, then new_tokens - 1 decode steps. Head and sampling also give the first token."""
     body = sum(size for name, size in matrices(c).items() if name != "head")
     tokens, pairs = prompts * prompt_len, prompts * prompt_len * (prompt_len + 1) / 2
     parts = [Part("prefill", 2 * body, 2 * tokens * body + _attention_operations(c, pairs))]
@@ -72,9 +72,9 @@ def rollout(c: Qwen2Config, prompts: int, group: int, prompt_len: int, new_token
 def update(
     c: Qwen2Config, prompts: int, group: int, prompt_len: int, new_tokens: int, micro_batches: int = 1
 ) -> list[Part]:
-    """Forward and backward over shared prompts, logits at response tokens only; then the optimizer on the CPU.
+    """Forward and backward over shared prompts, logits at response tokens only, then the optimizer on the CPU.
 
-    Backward costs two products where forward has one; the head's backward computes its logits again. Gradients are
+    Backward costs two products for one of forward. The head's backward computes its logits again. Gradients are
     added in place, so a micro-batch reads and writes them.
     """
     sizes = matrices(c)
@@ -96,7 +96,7 @@ def update(
 
 
 def optimizer_bytes(weight_bytes: int) -> int:
-    """Of one parameter: read the gradient; read and write master and two moments in fp32; write the rounded weight."""
+    """Of one parameter: read the gradient, read and write master and two moments in fp32, write the rounded weight."""
     return weight_bytes + 3 * 8 + (weight_bytes if weight_bytes < 4 else 0)
 
 

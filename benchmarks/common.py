@@ -1,4 +1,4 @@
-"""What the benchmarks share: a checkpoint to measure, a clock, peak memory, a table, and the last line of JSON.
+"""Shared by the benchmarks: a checkpoint to measure, a clock, peak memory, a table, and the last line of JSON.
 
 Importing it puts the repository's root on the path, in front of this folder (which has an optimizer.py of its own).
 
@@ -52,7 +52,7 @@ NO_STOP_ID = (-1,)  # stop ids of a run in which every answer has its full lengt
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark; its description is the script's docstring."""
+    """A parser with the flags of every benchmark. Its description is the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="checkpoint folder or name; without it, random weights (--random)")
     parser.add_argument(
@@ -175,9 +175,9 @@ def take_turns(sides: dict[str, Callable[..., None]], turns: int, *args: object)
     """Run each side in a process of its own, a turn at a time: it has the machine, and a peak of memory, to itself.
 
     A side is a function of a module, called as side(pipe, *args). It sends "ready" once it has loaded, then for every
-    turn receives a message and sends what it measured, and sends a last word when no turn is left.
+    turn receives a message and sends its measurement, and sends a last word when no turn is left.
 
-    Returns name -> {"turns": [what it measured], "last": its last word}. Raises SystemExit where a process ends early.
+    Returns name -> {"turns": [its measurements], "last": its last word}. Raises SystemExit where a process ends early.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
@@ -235,7 +235,7 @@ def _cell(value: object) -> str:
 
 
 def hardware() -> dict[str, object]:
-    """What a figure must never be without."""
+    """Hardware and software of a measurement, printed beside every figure."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),

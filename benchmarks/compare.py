@@ -1,11 +1,11 @@
 """Methods side by side on the bundled model: one sweep is a few variants, the same budget for each, several seeds.
 
-    python benchmarks/compare.py losses  # runs what is missing, writes table and figure
-    python benchmarks/compare.py group-size --seeds 0 --jobs 2 # two runs at a time, a thread each
+    python benchmarks/compare.py losses  # runs the missing ones, writes table and figure
+    python benchmarks/compare.py group-size --seeds 0 --jobs 2 # two at a time, a thread each
     python benchmarks/compare.py losses --report               # table and figure of the runs that are there
 
 A run is `python train.py` with the flags printed before it, in a folder under runs/compare that is named by them and
-the seed; one that has its last line already is not run again, and sweeps share those they have in common. Writes
+the seed. A finished run is not run again, and sweeps share the runs that they have in common. Writes
 docs/results/SWEEP.png and docs/results/SWEEP.jsonl (every evaluation, and a few metrics of every step), and prints the
 table: means over the seeds, and the range. Last line: JSON with the hardware.
 """
@@ -61,6 +61,36 @@ SWEEPS: dict[str, dict[str, str]] = {
         "a thought with one costs 0.1": "--steps 75 --eval-every 25 --arithmetic-weight 0.1",
         "a thought with one costs 0.3": "--steps 75 --eval-every 25 --arithmetic-weight 0.3",
     },
+    # every method that is offered under a name (docs/papers.md)
+    "methods": {
+        "grpo": TWICE,
+        "rloo": f"{TWICE} --advantage-estimator rloo --advantage-scale none",
+        "reinforce_pp": f"{TWICE} --advantage-estimator reinforce_pp --advantage-scale batch",
+        "opo": f"{TWICE} --advantage-estimator opo --advantage-scale none",
+        "maxrl": f"{TWICE} --advantage-estimator maxrl",
+        "gdpo": f"{TWICE} --advantage-estimator gdpo",
+        "pass@4": f"{TWICE} --advantage-estimator pass_at_k --pass-k 4",
+        "groups of 2": f"{TWICE} --prompts-per-step 128 --group-size 2",
+        "off-policy mask": f"{TWICE} --off-policy-threshold 0.1",
+        "sampling mask": f"{TWICE} --top-k 50 --top-p 0.95 --keep-sampling-mask",
+        "top-p, no mask": f"{TWICE} --top-k 50 --top-p 0.95",
+        "truncated importance": f"{TWICE} --importance-correction truncate_token",
+        "masked importance": f"{TWICE} --importance-correction mask_sequence",
+        "top 20% entropy": f"{TWICE} --top-entropy-share 0.2",
+    },
+    # how much of the gain is due to the reward
+    "controls": {
+        "the task's reward": ONCE,
+        "the form only": f"{ONCE} --answer-weight 0 --format-weight 1",
+        "a random reward": f"{ONCE} --random-reward 0.5",
+    },
+    # how many numbers are trained; benchmarks/update_size.py has two more ways
+    "update-size": {
+        "all weights": ONCE,
+        "LoRA, rank 32": f"{ONCE} --lora-rank 32 --lr 2e-3",
+        "LoRA, rank 8": f"{ONCE} --lora-rank 8 --lr 2e-3",
+        "LoRA, rank 1": f"{ONCE} --lora-rank 1 --lr 2e-3",
+    },
     "clipping": {
         "4 updates, clipped": FOUR,
         "4 updates, not clipped": f"{FOUR} --epsilon-low 1 --epsilon-high 1e9",
@@ -93,7 +123,7 @@ def run_folder(flags: str, seed: int) -> Path:
 
 
 def finished(flags: str, seed: int) -> bool:
-    """Whether the run has its last evaluation; one that is under way may have ended with an earlier one just now."""
+    """Whether the run has its last evaluation. An unfinished run may end with an earlier one."""
     words = flags.split()
     steps = int(words[words.index("--steps") + 1])
     records = read(run_folder(flags, seed))
@@ -106,7 +136,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def collect(sweep: str, seeds: list[int]) -> dict[str, dict[int, list[dict]]]:
-    """variant -> seed -> the lines of the run, shortened to what the report shows."""
+    """variant -> seed -> the lines of the run, shortened to the numbers of the report."""
     found: dict[str, dict[int, list[dict]]] = {}
     for variant, flags in SWEEPS[sweep].items():
         for seed in seeds:

@@ -6,10 +6,10 @@
 The limit is the roofline of the same run: the larger of bytes / read bandwidth and operations / rate of products, part
 by part (budget.decode_step), both measured here. The time of a decode step is that of a generation less that of one
 that stops at the first token, so prefill and packing fall out (recording CUDA graphs does not). The table by part comes
-from a run of its own, in which hooks look at the clock; on CUDA they record events in a run without graphs, and a part
+from a run of its own, in which hooks look at the clock. On CUDA they record events in a run without graphs, and a part
 holds the gaps between its kernels.
 
-Rows are groups of `--group-size` answers to prompts of equal length; no answer stops early.
+Rows are groups of `--group-size` answers to prompts of equal length. No answer stops early.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Clock:
 
 
 def seconds_by_part(model, device: str, run) -> dict[str, float]:
-    """Seconds inside each part of the decode steps of `run()`. What no part holds is norms, SwiGLU and bookkeeping."""
+    """Seconds inside each part of the decode steps of `run()`. Norms, SwiGLU and bookkeeping are in no part."""
     clock, handles = Clock(device), []
     for name, module in model.named_modules():
         part = PART_OF_MODULE.get(name.rpartition(".")[2])

@@ -1,11 +1,11 @@
-"""Kill a run at random moments, resume it, and compare every bit with the run that nobody killed.
+"""Kill a run at random moments, resume it, and compare every bit with an undisturbed run.
 
     python benchmarks/kills.py                      # 50 kills without adapters and 50 with: about a minute
     python benchmarks/kills.py --kills 4 --lora-rank 2
 
 A trial is a run that gets SIGKILL at a random moment, is resumed, gets another, and is resumed to its end. Then its
 last checkpoint (weights, fp32 masters, moments, every random state, adapters), metrics.jsonl, samples.jsonl and the
-TensorBoard events must be those of the undisturbed run, to the byte; only what a clock or the memory said may differ.
+TensorBoard events must be those of the undisturbed run, to the byte. Only times and memory may differ.
 Every third kill waits for a save to begin and comes a moment later.
 
 The processes are real, but importing torch for each would take most of the time: this one imports everything, starts no
@@ -48,7 +48,7 @@ forks = 0
 
 
 def start(words: list[object], log: Path) -> int:
-    """`train.py WORDS` in a child; its process id."""
+    """`train.py WORDS` in a child. Returns its process id."""
     global forks
     forks += 1
     pid = os.fork()
@@ -68,7 +68,7 @@ def start(words: list[object], log: Path) -> int:
 
 
 def finish(pid: int) -> int:
-    """Wait for a child; its exit code, or minus the signal that ended it."""
+    """Wait for a child. Returns its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -88,7 +88,7 @@ def kill(pid: int, run_dir: Path, moment: float, in_save: bool) -> tuple[int, st
 
 
 def resume_or_begin(base: list[object], run_dir: Path) -> list[object]:
-    """What a person types: --resume; where even the settings were not written yet, the command itself again."""
+    """The command of a person: --resume, or the first command again if not even the settings were written."""
     return ["--resume", run_dir] if (run_dir / "config.yaml").exists() else [*base, "--run-dir", run_dir]
 
 

@@ -3,9 +3,9 @@
     python benchmarks/memory.py --lengths 128 512 2048 --groups 4 8 16
     python benchmarks/memory.py --device cuda --random 1.5b --gradient-checkpointing
 
-Every point is a process of its own. On a CPU the peak is what was resident, interpreter and weights included; on CUDA
-what torch's allocator handed out. `loaded` is the memory before the measured part, `update` holds the optimizer's state
-as well. Answers of the update are random ids of the full length, so no point depends on what a model says.
+Every point is a process of its own. On a CPU the peak is the resident memory, interpreter and weights included. On
+CUDA it is the memory that torch's allocator handed out. `loaded` is the memory before the measured part, `update` holds
+the optimizer's state as well. Answers of the update are random ids of the full length, so no point depends on a text.
 """
 
 from __future__ import annotations

@@ -4,20 +4,20 @@
     python benchmarks/openvino_decode.py --ckpt models/Qwen2.5-0.5B-Instruct --openvino models/qwen-openvino
 
 The exported model is made once, in an environment of its own (optimum-intel 2.2.0, openvino and openvino-tokenizers
-2026.4.1, torch 2.13.0, transformers 5.5.4; without torchvision, which it neither needs nor always finds a torch for):
+2026.4.1, torch 2.13.0, transformers 5.5.4, and no torchvision, because it is not needed and may ask for another torch):
 
     pip install "torch<=2.13.0" optimum-intel openvino openvino-tokenizers
     optimum-cli export openvino --model models/Qwen2.5-0.5B-Instruct --task text-generation-with-past
         --weight-format fp16 models/qwen-openvino           # one line
 
-That converts the tokenizer as well (where it does not: `convert_tokenizer FOLDER --with-detokenizer -o OUT`).
+That converts the tokenizer as well (if it does not: `convert_tokenizer FOLDER --with-detokenizer -o OUT`).
 
 Prompts are random ids, `--group-size` answers each. Nothing ends an answer early, and both sample at temperature 1 from
 the whole vocabulary. OpenVINO is asked for a group by `num_return_sequences`, so that it, too, runs and keeps a prompt
-once; its settings are its own choice but for `--property`. What it chose is printed: on a processor with bf16 it
+once. Its settings are its own choice but for `--property`, and they are printed: on a processor with bf16 it
 computes in bf16, and keeps keys and values in 16 bits, as the export asks. Each side has a process with all threads of
-the machine, and one waits while the other works. A rollout is the whole call, prefill included; `decode` is what
-remains without a call that stops at the first token. Medians over `--repeats` turns, after `--warmup` for each number
+the machine, and one waits while the other works. A rollout is the whole call, prefill included. `decode` is the
+rest without a call that stops at the first token. Medians over `--repeats` turns, after `--warmup` for each number
 of rows.
 """
 

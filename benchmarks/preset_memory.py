@@ -1,9 +1,9 @@
-"""What memory each preset in configs/ is estimated to need on a GPU: the numbers in their first comment.
+"""Estimated memory of each preset in configs/ on a GPU: the numbers in their first comment.
 
     python benchmarks/preset_memory.py
 
-Nothing is loaded: models of the released sizes are built without storage, and run/memory_plan.py counts. A real figure
-is what `python train.py --config configs/NAME.yaml --dry-run` prints at its end.
+Nothing is loaded: models of the released sizes are built without storage, and run/memory_plan.py counts.
+`python train.py --config configs/NAME.yaml --dry-run` measures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = {
 
 
 def preset_gib(preset: Path) -> tuple[float, float] | None:
-    """(device, host) of a preset of a released model; None for those laid over another."""
+    """(device, host) of a preset of a released model. None for those laid over another."""
     config = load_config(preset)
     text = f"{preset.stem} {config.ckpt}".upper()
     size = next((size for size in SIZES if size in text), None)

@@ -1,4 +1,4 @@
-"""What the reliability scripts train: a random two-layer model, and a task on which its answers differ.
+"""Trained by the reliability scripts: a random two-layer model, and a task on which its answers differ.
 
 checkpoint = write_checkpoint(folder)
 train.task_from_config = lambda config: EvenLetters(seed=config.seed)

@@ -2,10 +2,10 @@
 
     python benchmarks/resident.py --ckpt models/Qwen2.5-0.5B-Instruct --steps 7
 
-`as it is`: pages of 4 KiB, and glibc keeps what is freed. `ours`: what memory.py asks for, large pages and memory that
-goes back (`return_free_memory`). Each in a process of its own, taking turns. There is no optimizer state, which never
-moves. Prompts differ in length, as in a run; no answer ends early. Peak: the largest resident memory so far, with the
-pages of the checkpoint's file. Resident: anonymous memory after the update.
+`as it is`: pages of 4 KiB, and glibc keeps freed memory. `ours`: large pages, and freed memory goes back to the system
+(`return_free_memory` of model/memory.py). Each in a process of its own, taking turns. There is no optimizer state,
+which never moves. Prompts differ in length, as in a run. No answer ends early. Peak: the largest resident memory so
+far, with the pages of the checkpoint's file. Resident: anonymous memory after the update.
 """
 
 from __future__ import annotations

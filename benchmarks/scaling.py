@@ -3,11 +3,10 @@
     python benchmarks/scaling.py --ckpt countdown-tiny                   # 1 and 2 processes, a thread each
     python benchmarks/scaling.py --ckpt models/SmolLM2-135M-Instruct --shard-weights --ranks 2
 
-Every process brings --prompts prompts of --prompt-tokens and --group-size answers of --new-tokens each; nothing ends
-an answer early. Medians over --repeats steps, after one that warms up; all times are wall time of the whole step, in
-which `wait` is what a process stood idle for the slowest (mean over processes) and `transfer` what it took to exchange
-episodes and sum gradients. Efficiency: what one process alone takes for its work, as a share of what it takes beside
-others.
+Every process brings --prompts prompts of --prompt-tokens and --group-size answers of --new-tokens each. Nothing ends
+an answer early. Medians over --repeats steps, after one that warms up. All times are wall time of the whole step.
+`wait` is idle time behind the slowest process (mean over processes), `transfer` the time to exchange episodes and sum
+gradients. Efficiency: the time of one process alone as a share of its time beside others.
 
 With --shard-weights transfer inside the layers is part of `update`, and a rollout is measured in both ways: on a whole
 copy of the weights, and gathering them a block at a time.
@@ -40,7 +39,7 @@ from tasks.task_base import Task
 
 
 class Alternating(Task):
-    """Pays 0, 1, 0, 1, ... whatever the answer, so that every token has a gradient."""
+    """Pays 0, 1, 0, 1, ... for every answer, so that every token has a gradient."""
 
     def __init__(self):
         super().__init__(seed=0)
@@ -59,7 +58,7 @@ class Alternating(Task):
 
 
 def worker(args: argparse.Namespace) -> dict[str, float] | None:
-    """One process of the measurement; the numbers, in seconds, on rank 0."""
+    """One process of the measurement. Returns the numbers, in seconds, on rank 0."""
     torch.set_num_threads(1)
     trainer = make_trainer(args)
     prompts = args.prompts * distributed.world_size()
@@ -96,7 +95,7 @@ def make_trainer(args: argparse.Namespace) -> GRPO:
 
 
 def link(args: argparse.Namespace) -> dict[str, float]:
-    """What a sum over all processes costs: seconds of an empty one, and 10^9 bytes a second of a large one."""
+    """Cost of a sum over all processes: seconds of an empty one, and 10^9 bytes a second of a large one."""
     results = {}
     for name, elements in (("latency_s", 1), ("sum_gb_per_s", 2**24)):
         x = torch.ones(elements, device=args.device)
@@ -122,7 +121,7 @@ def both_rollouts(args: argparse.Namespace, trainer: GRPO) -> dict[str, float]:
 
 
 def launch(args: argparse.Namespace, ranks: int, folder: Path) -> dict[str, float]:
-    """Start the processes; what rank 0 of them found."""
+    """Start the processes. Returns the numbers of rank 0."""
     with tempfile.TemporaryDirectory() as place:
         result = Path(place) / "result.json"
         words = [

@@ -5,8 +5,8 @@
 
 A step is rollout -> exchange -> update -> sum -> optimizer, one after the other, as in grpo.py. Each part takes the
 larger of bytes / bandwidth and operations / rate (benchmarks/budget.py counts them), and decoding an overhead for every
-token besides, in which a processor launches what the accelerator does. Decoding goes on until the longest answer ends;
-rows that have ended cost nothing. Nothing else is modelled: no contention, no variance between devices.
+token besides, in which a processor launches what the accelerator executes. Decoding goes on until the longest answer
+ends. Rows that have ended cost nothing. Nothing else is modelled: no contention, no variance between devices.
 
 The machines are data sheets times a share that one reaches: assumptions, not measurements. The check fits a machine to
 one process and asks whether several take as long as the simulator says.
@@ -30,9 +30,9 @@ BYTES_OF_A_TOKEN = 14  # of an episode, pickled: its id and its log-probability 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that are reached, of one process; 10^9 bytes and 10^12 operations a second.
+    """Rates that are reached, of one process, in 10^9 bytes and 10^12 operations a second.
 
-    link: between processes of a node; net: between nodes, what each process has of it. host: main memory of a node,
+    link: between processes of a node. net: between nodes, the share of each process. host: main memory of a node,
     which its processes share for the optimizer's state.
     """
 
@@ -62,7 +62,7 @@ H100 = Machine(
 
 @dataclass(frozen=True)
 class Work:
-    """A step's: prompts of all processes together; answers have `mean` tokens, the longest of them `longest`."""
+    """A step's: prompts of all processes together. Answers have `mean` tokens, the longest of them `longest`."""
 
     config: Qwen2Config
     prompts: float
@@ -117,7 +117,7 @@ def link(m: Machine, ranks: int) -> float:
 
 
 def sum_s(work: Work, m: Machine, ranks: int, sharded: bool) -> float:
-    """Ring all-reduce of fp32 gradients, once (Patarasuk & Yuan 2009); in slices, of every micro-batch two gathers of
+    """Ring all-reduce of fp32 gradients, once (Patarasuk & Yuan 2009). In slices, of every micro-batch two gathers of
     the weights and a sum, of which the arithmetic hides what it can, and a whole copy for the rollout."""
     if ranks == 1:
         return 0.0

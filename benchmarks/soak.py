@@ -5,7 +5,7 @@
 
 The whole job as `train.main` runs it: rollout, rewards, updates, metrics, samples, TensorBoard, an evaluation and a
 checkpoint now and then. At every step the resident memory, the open file handles, the threads and the children of the
-process are noted; printed is how they differ between the second tenth of the run and its last.
+process are noted. The differences between the second tenth of the run and its last are printed.
 
 Resident memory grows while oneDNN, the library of torch's matrix products on a CPU, meets new shapes: it generates
 machine code for each and keeps that of the last 1,024 twice over. The two variables bound these caches.
@@ -45,7 +45,7 @@ def state_of_the_process() -> dict[str, float]:
 
 
 def soak(steps: int, folder: Path, updates_per_rollout: int) -> list[dict[str, float]]:
-    """Run it; a record a step."""
+    """Run it. Returns a record for each step."""
     records, log_step = [], RunLog.log_step
 
     def noting(log: RunLog, step: int, metrics: dict) -> None:

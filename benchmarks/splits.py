@@ -1,10 +1,10 @@
-"""How far the gradient of a step moves when the step is cut into other micro-batches; and that the same cut gives the
-same bits.
+"""How far the gradient of a step moves when the step is cut into other micro-batches, and a check that the same cut
+gives the same bits.
 
-    python benchmarks/splits.py                    # fp32 and bf16; results/splits.json is its last line
+    python benchmarks/splits.py                    # fp32 and bf16, the last line is results/splits.json
 
 Printed for each cut is |gradient - gradient of the whole| / |gradient of the whole|, all parameters together. In exact
-arithmetic it is 0; what is left is the order of additions.
+arithmetic it is 0. The order of additions is left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rollout is worth after k more updates: the policies drift apart, and the clip and the ratio feel it.
+"""The worth of a rollout after k more updates: the policies drift apart, and the clip and the ratio feel it.
 
     python benchmarks/staleness.py                           # the bundled model, 8 updates of its preset
     python benchmarks/staleness.py --updates 16 --lr 1e-6 --ckpt models/Qwen2.5-0.5B-Instruct
@@ -7,7 +7,7 @@ Answers are sampled once, by the weights before the first update. After every up
 samples its own) they are scored anew, as an asynchronous trainer would find them when they come in k steps late:
   kl            mean of the log-ratio of sampler to trainer over the answers' tokens, an estimate of their divergence
   clipped       share of tokens whose ratio leaves 1 +- 0.2
-  effective     effective sample size of the answers under sequence weights: (sum w)^2 / (n sum w^2); 1 for equal ones
+  effective     effective sample size of the answers under sequence weights: (sum w)^2 / (n sum w^2), 1 for equal ones
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python benchmarks/step.py --ckpt models/Qwen2.5-0.5B-Instruct
     python benchmarks/step.py --random 0.5b --device cuda               # random weights: speed needs no others
 
-Each side is a process of its own, so that its peak memory is its own; one works while the others wait. `generate` is
+Each side is a process of its own, so that its peak memory is its own. One works while the others wait. `generate` is
 transformers' by itself. Nothing ends an answer early (no side has stop ids), the rewards alternate between 0 and 1, so
 that every token has a gradient, and there is no KL term. Both hold bf16 weights and compute in them (TRL's autocast
 is off, for it would only add casts), without gradient checkpointing. TRL steps with torch's fused AdamW on bf16
-weights; ours keeps fp32 masters and moments besides, and asks for large memory pages (linear.py), which the others get
-with --large-pages. A rollout ends when its rewards are known; the update is the rest.
+weights. Ours keeps fp32 masters and moments besides, and asks for large memory pages (linear.py), which the others get
+with --large-pages. A rollout ends when its rewards are known. The update is the rest.
 Tokens a second count response tokens. Medians over `--repeats` steps, after `--warmup` that are not counted.
 """
 
@@ -165,7 +165,7 @@ def generate(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
 
 
 def _set_pages(args: argparse.Namespace) -> None:
-    """Undo or keep what the import of our modules asked of torch, before it makes its first tensor."""
+    """Undo or keep the settings that the import of our modules made in torch, before its first tensor."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(args.large_pages))
 
 
@@ -221,7 +221,7 @@ def summarise(found: dict[str, dict], args: argparse.Namespace) -> dict[str, dic
 
 
 def ratios(summary: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """How many times faster we are than each other side; for memory, our peak over theirs."""
+    """How many times faster we are than each other side. For memory, our peak over theirs."""
     mine, found = summary.get("ours"), {}
     for name, theirs in summary.items():
         if mine is None or name == "ours":

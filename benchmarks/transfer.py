@@ -1,9 +1,9 @@
-"""What moves between the processes of a step, and in which clothes: seconds and bytes of each way, measured.
+"""Data that moves between the processes of a step, in several encodings: seconds and bytes of each, measured.
 
-    python benchmarks/transfer.py                            # episodes of 256 answers of 1000 tokens; weights of 135 M
+    python benchmarks/transfer.py                            # episodes of 256 answers of 1000 tokens, weights of 135 M
     python benchmarks/transfer.py --answers 2048 --weights 500
 
-Episodes are ids and log-probabilities: as Python lists pickled (what distributed.gather does), as tensors, as JSON.
+Episodes are ids and log-probabilities: as Python lists pickled (as distributed.gather does), as tensors, as JSON.
 Weights go to a rollout engine or a checkpoint: safetensors, torch.save, pickle, shared memory, a pipe. Gradients are
 summed over processes: in bf16 or in fp32, and how wrong the sum then is.
 """

@@ -8,11 +8,12 @@ If one does not, the folder is refused: a chat template writes these tokens into
 
 Source: `_from_pretrained` and `TokenizersBackend.__init__` of transformers 5.
 
-    special = register(backend, DeclaredTokens.read(files, folder))
+    backend = register(backend, DeclaredTokens.read(files, folder))
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,16 @@ def _special_texts(config: dict[str, Any], special_map: dict[str, Any]) -> set[s
     return texts | {token if isinstance(token, str) else str(token["content"]) for token in tokens if token}
 
 
-def register(backend: Tokenizer, declared: DeclaredTokens, all_special: bool = False) -> None:
+def register(backend: Tokenizer, declared: DeclaredTokens, as_qwen2: bool = False) -> Tokenizer:
     """Add every declared token that the tokenizer lacks, and give the declared flags to those that it has.
 
-    all_special: named and extra tokens become special tokens, whatever their flags (Qwen2Tokenizer does this).
-    Raises ValueError if a declared token does not encode to exactly its id.
+    as_qwen2: do as Qwen2Tokenizer of transformers. Named and extra tokens become special, whatever their flags, and
+    other tokens are special only if `added_tokens_decoder` says so.
+    Returns the tokenizer, which may be another object. Raises ValueError if a declared token does not encode to exactly
+    its id.
     """
+    if as_qwen2:
+        backend = _without_special(backend, {token.content for token in declared.by_id.values() if not token.special})
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {token.content for token in declared.by_id.values()}
     in_use = (*declared.named.values(), *declared.extra)
@@ -164,7 +169,7 @@ def register(backend: Tokenizer, declared: DeclaredTokens, all_special: bool = F
     for token in adding:
         token.special = token.special or token.content in names
     backend.add_tokens(adding)
-    if all_special:
+    if as_qwen2:
         special = {token.content for token in in_use}
         backend.add_tokens([AddedToken(text, special=True) for text in sorted(special)])
     # One file may name another token than a second file, which wins. In the vocabulary, both are tokens.
@@ -173,6 +178,17 @@ def register(backend: Tokenizer, declared: DeclaredTokens, all_special: bool = F
     backend.add_tokens([AddedToken(text, special=True) for text in sorted(lost)])
     for text, declared_id, where in declared.promises:
         _check(backend, text, declared_id, where)
+    return backend
+
+
+def _without_special(backend: Tokenizer, texts: set[str]) -> Tokenizer:
+    """The same tokenizer, in which these tokens are not special. The library can only make tokens special."""
+    if not texts & {token.content for token in backend.get_added_tokens_decoder().values() if token.special}:
+        return backend
+    content = json.loads(backend.to_str())
+    for entry in content["added_tokens"]:
+        entry["special"] = entry["special"] and entry["content"] not in texts
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _check(backend: Tokenizer, text: str, declared_id: int | None, where: str) -> None:

@@ -126,7 +126,7 @@ def has_flash(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -
 
 
 def check_cuda_attention(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -> None:
-    """Raise ValueError if no attention kernel of a CUDA card takes this dtype or head size, and say what to do."""
+    """Raise ValueError if no attention kernel of a CUDA card takes this dtype or head size, with the remedy."""
     card = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     if dtype == torch.bfloat16 and capability < (8, 0):
         raise ValueError(f"{card}, and bf16 attention begins with 8.0 (A100, RTX 30); use --dtype fp16 or fp32")
@@ -190,7 +190,7 @@ class PrefillAttention:
 class KVCache:
     """Static keys and values of B rows: room for S tokens each, filled from the left.
 
-    Contract: the first `lengths[b]` tokens of row b are valid; what stands behind them is masked, never read.
+    Contract: the first `lengths[b]` tokens of row b are valid. Later ones are masked and never read.
     Attention writes the new tokens of every layer at `lengths`; the caller moves on once all layers ran (`advance`).
     """
 

@@ -7,8 +7,8 @@ and not an empty text.
 
 One thing is added. The sandbox keeps a template from files and from Python's internals, but not from running forever or
 from filling the memory: `"a" * 10**10` and three nested loops are legal Jinja. Therefore templates are compiled and
-rendered in a child process with limits (limited.py). The template of the bundled model is known (`TRUSTED`) and is
-rendered in this process.
+rendered in a child process with limits (limited.py). A short prompt takes 0.15 to 0.2 ms there and 0.02 ms in this
+process. The template of the bundled model is known (`TRUSTED`) and is rendered in this process.
 
     template = ChatTemplate(source)                 # ValueError: too long, or not Jinja
     prompt   = template.render(messages=[...])      # ValueError: the template fails, refuses, or exceeds a limit

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.compiled import compilable
 from model.linear import gradient_in_place
 
+REMOVED = -1e30  # logit of an id that was not to be sampled: probability 0, and finite, so that 0 times it is 0
 LOGITS_AT_ONCE = 2**24  # size of a slice of logits: large enough for the matrix products, 64 MiB as fp32
 LARGEST_SLICE = 2**28  # on a GPU
 CPU_TILE = 2**18  # part of a slice on a CPU: 1 MiB of fp32 stays in a core's cache from pass to pass
@@ -53,7 +55,7 @@ def scale_logits(logits: Tensor, temperature: float = 1.0, vocab_size: int | Non
 
 def token_logprobs(
     hidden_MD: Tensor, head_weight_VD: Tensor, targets_M: Tensor, temperature: float = 1.0,
-    vocab_size: int | None = None, chunk: int | None = None,
+    vocab_size: int | None = None, chunk: int | None = None, kept_MK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of each distribution, [M] and [M] fp32, both differentiable.
 
@@ -63,10 +65,13 @@ def token_logprobs(
 
     The slices are slices of the vocabulary and not of the tokens. So each row of the weight's gradient is one product
     over all tokens, which is rounded to the weight's dtype once.
+
+    kept_MK: the ids that top-k left to sample from, for each token; -1 fills up. The distribution is that over these
+        ids then (keep sampling mask: DeepSeek-V3.2, arXiv 2512.02556). None: over the whole vocabulary.
     """
     _check_head_inputs(hidden_MD, head_weight_VD, targets_M, vocab_size)
     chunk = max(1, logits_at_once(hidden_MD.device) // max(1, len(hidden_MD))) if chunk is None else chunk
-    return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk)
+    return _TokenLogprobs.apply(hidden_MD, head_weight_VD, targets_M, temperature, vocab_size, chunk, kept_MK)
 
 
 def _check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None) -> None:
@@ -91,20 +96,20 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any):  # type: ignore[override]
-        temperature, vocab_size, chunk = options
+        temperature, vocab_size, chunk, kept = options
         slices = _logit_slices(hidden, weight, vocab_size, chunk)
-        stats = [_slice_statistics(logits, targets, lo, temperature) for lo, logits in slices]
+        stats = [_slice_statistics(logits, targets, lo, temperature, kept) for lo, logits in slices]
         lse_BM, mean_BM, target_logit_BM = (torch.stack(column) for column in zip(*stats))
         lse = lse_BM.logsumexp(0)
         entropy = lse - ((lse_BM - lse).exp() * mean_BM).sum(0)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, kept)
         ctx.options = (temperature, vocab_size, chunk)
         return target_logit_BM.sum(0) - lse, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor):  # type: ignore[override]
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, lse, entropy, kept = ctx.saved_tensors
         temperature, vocab_size, chunk = ctx.options
         use_entropy = bool((grad_entropy != 0).any())
         # Tokens of groups without a signal, and masked tokens, have gradient 0. They are left out, so a NaN in their
@@ -112,6 +117,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
         per_token = [x[rows] for x in (hidden, targets, lse, entropy, grad_logp, grad_entropy)]
         hidden_rows, targets, lse, entropy, grad_logp, grad_entropy = per_token
+        kept = None if kept is None else kept[rows]
         grad_logp, grad_entropy = grad_logp / temperature, grad_entropy / temperature  # of the logits before scaling
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_rows = torch.zeros_like(hidden_rows, dtype=lse.dtype)  # sums over slices, in fp32
@@ -122,13 +128,14 @@ class _TokenLogprobs(torch.autograd.Function):
             for tile in _tiles(logits):
                 grads = (grad_logp[tile], grad_entropy[tile] if use_entropy else None)
                 numbers = targets[tile], lo, lse[tile], entropy[tile]
-                logits[tile] = _logit_gradient(logits[tile], *numbers, grads, temperature)
+                some = None if kept is None else kept[tile]
+                logits[tile] = _logit_gradient(logits[tile], *numbers, grads, temperature, some)
             if want_hidden:
                 d_rows += logits @ weight[lo:hi]
             if d_weight is not None:
                 d_weight[lo:hi].addmm_(logits.T, hidden_rows)
         d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype)) if want_hidden else None
-        return d_hidden, d_weight if in_place is None else None, None, None, None, None
+        return d_hidden, d_weight if in_place is None else None, None, None, None, None, None
 
 
 def _logit_slices(hidden: Tensor, weight: Tensor, vocab_size: int | None, chunk: int) -> Iterator[tuple[int, Tensor]]:
@@ -149,28 +156,50 @@ def _tiles(logits: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, M, step)]
 
 
-def _slice_statistics(logits: Tensor, targets: Tensor, lo: int, temperature: float) -> Tensor:
+def _only_kept(logits: Tensor, lo: int, kept_MK: Tensor | None) -> Tensor:
+    """Logits of a slice that starts at id `lo`, with those of ids that are not kept replaced by REMOVED."""
+    if kept_MK is None:
+        return logits
+    M, width = logits.shape
+    inside = (kept_MK >= lo) & (kept_MK < lo + width)
+    removed = torch.ones(M, width + 1, dtype=torch.bool, device=logits.device)  # the last column: ids elsewhere
+    removed.scatter_(1, torch.where(inside, kept_MK - lo, width), False)
+    return logits.masked_fill_(removed[:, :width], REMOVED)
+
+
+def _slice_statistics(
+    logits: Tensor, targets: Tensor, lo: int, temperature: float, kept: Tensor | None = None
+) -> Tensor:
     """[3, M]: logsumexp of the slice, mean logit under its softmax, the target's logit (0 if in another slice)."""
     stats = logits.new_empty(3, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
     for tile in _tiles(logits):
-        z = scale_logits(logits[tile], temperature)
-        inside, column = _find_targets(targets[tile], lo, z.shape[1])
-        stats[2, tile] = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
-        top = z.amax(-1, keepdim=True)
-        e = z.sub_(top).exp()  # in place: z may be a view of the slice, which the next slice overwrites anyway
-        total = e.sum(-1)
-        stats[0, tile] = total.log() + top.squeeze(1)
-        stats[1, tile] = e.mul_(z).sum(-1) / total + top.squeeze(1)
+        kept_here = None if kept is None else kept[tile]
+        stats[:, tile] = _tile_statistics(logits[tile], targets[tile], lo, temperature, kept_here)
     return stats
 
 
+@compilable
+def _tile_statistics(
+    logits: Tensor, targets: Tensor, lo: int, temperature: float, kept: Tensor | None = None
+) -> Tensor:
+    z = _only_kept(scale_logits(logits, temperature), lo, kept)
+    inside, column = _find_targets(targets, lo, z.shape[1])
+    target_logit = torch.where(inside, z.gather(1, column).squeeze(1), 0.0)
+    top = z.amax(-1, keepdim=True)
+    e = z.sub_(top).exp()  # in place: z may be a view of the slice, which the next slice overwrites anyway
+    total = e.sum(-1)
+    mean = e.mul_(z).sum(-1) / total + top.squeeze(1)
+    return torch.stack([total.log() + top.squeeze(1), mean, target_logit])
+
+
+@compilable
 def _logit_gradient(
     logits: Tensor, targets: Tensor, lo: int, lse: Tensor, entropy: Tensor, grads: tuple[Tensor, Tensor | None],
-    temperature: float,
+    temperature: float, kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula of `_TokenLogprobs`, for some rows of a slice. It reuses the memory of the logits where it can."""
     grad_logp, grad_entropy = grads
-    logp = scale_logits(logits, temperature).sub_(lse[:, None])
+    logp = _only_kept(scale_logits(logits, temperature), lo, kept).sub_(lse[:, None])
     if grad_entropy is None:
         d = logp.exp_().mul_(-grad_logp[:, None])
     else:

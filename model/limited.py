@@ -124,7 +124,7 @@ def call_limited(target: str, *arguments: Any, cpu_s: float | None = None, memor
     """The value of the function `target` ("module:function") for these arguments.
 
     cpu_s: seconds of processor time, CPU_S if it is None.
-    memory_mib: MiB beyond what the child holds before the call.
+    memory_mib: MiB beyond the child's memory before the call.
     Raises LimitedError. Raises TypeError, ValueError or RecursionError if the arguments are not JSON data.
     """
     global _child

@@ -225,13 +225,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no adapters: there is no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind, _, targets = config["peft_type"], (config["r"], config["lora_alpha"]), config["target_modules"]
-    except (ValueError, KeyError, TypeError):
+        kind, targets = config["peft_type"], config["target_modules"]
+        numbers = {name: config[name] for name in ("r", "lora_alpha")} | {"lora_dropout": config.get("lora_dropout", 0)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"{path} is not an adapter's configuration (peft_type, r, lora_alpha, target_modules)"
         ) from None
     if kind != "LORA" or not isinstance(targets, list):
         raise ValueError(f"{path}: peft_type {kind}, target_modules {targets}; expected LORA and a list of names")
+    for name, value in numbers.items():
+        whole = name == "r"
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not abs(value) <= 2**31:
+            raise ValueError(f"{path}: {name} is {value!r:.40}, expected a {'whole ' * whole}number")
     for key, off in UNSUPPORTED.items():
         if config.get(key) is not None and config[key] not in off:
             raise ValueError(f"{path}: {key} is {config[key]!r}, and only plain LoRA is supported")

@@ -1,4 +1,4 @@
-"""Memory: how many rows fit, what to do when it runs out, and how to give it back to the system.
+"""Memory: how many rows fit, the remedy when it runs out, and how to give it back to the system.
 
 rows = rows_that_fit(model.config, tokens=2048, dtype=model.dtype, device=model.device)
 metrics = halve_when_out_of_memory(work, micro_batch_tokens)

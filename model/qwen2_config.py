@@ -65,7 +65,7 @@ class Qwen2Config:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Qwen2Config:
-        """Read `folder/config.json`. Raises FileNotFoundError, or ValueError with what was found and expected."""
+        """Read `folder/config.json`. Raises FileNotFoundError, or ValueError with the found and the expected value."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -228,7 +228,7 @@ def _agreed(places: dict[str, dict[str, Any]], key: str, default: Any = None) ->
 
 
 def _refuse_unsupported(raw: dict[str, Any], config: Qwen2Config) -> None:
-    """Raise ValueError for what transformers would compute and this code does not."""
+    """Raise ValueError for a computation that transformers has and this code has not."""
     for key in QUANTIZATION_KEYS:
         if raw.get(key):
             raise ValueError(

@@ -105,7 +105,7 @@ def _shards(index: Path) -> dict[Path, list[str]]:
 
 
 def _other_weights(folder: Path) -> str:
-    """What a folder without model.safetensors has instead, and what to do."""
+    """The files of a folder without model.safetensors, and the remedy."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def first(*endings: str) -> str | None:

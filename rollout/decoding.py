@@ -31,7 +31,7 @@ from model.attention import PrefillAttention
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.decode_graph import Capture, Recorder, addresses, shelf
 from rollout.group_cache import GroupCache, take
-from rollout.sampling import SamplingParams, sample, wide_dtype
+from rollout.sampling import SamplingParams, sample, sample_kept, wide_dtype
 from tokenizer import Tokenizer
 
 CHECK_EVERY = 16  # tokens between two checks for finished rows, if a check waits for the device
@@ -51,6 +51,12 @@ class Responses(NamedTuple):
     logprobs: Tensor
     lengths: Tensor
     stopped: Tensor
+
+
+class MaskedResponses(Responses):
+    """Responses with `keep_mask`. kept [A, max_new_tokens, K]: the ids that each token was drawn from; -1 fills up."""
+
+    kept: Tensor
 
 
 def decode(
@@ -112,6 +118,8 @@ class Decoder:
         self.uniforms = torch.zeros(lines, cap, dtype=wide_dtype(device), device=device)
         self.sampled = torch.zeros(lines, cap, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(lines, cap, device=device)
+        width = min(params.top_k, tokenizer.vocab_size or model.config.vocab_size) if params.keep_mask else 0
+        self.kept = torch.full((lines, cap, width), -1, device=device)  # of width 0 without keep_mask
         self.lengths = torch.zeros(lines, dtype=torch.long, device=device)
         self.stopped = torch.zeros(lines, dtype=torch.bool, device=device)
         stop_ids = () if params.ignore_eos else tokenizer.eos_token_ids
@@ -149,6 +157,7 @@ class Decoder:
         """Start another rollout on the same tensors: recorded steps point to them."""
         for table in (self.sampled, self.logprobs, self.lengths, self.stopped):
             table.zero_()
+        self.kept.fill_(-1)
         self.response.fill_(self.spare)
         self.cache.clear()
         self.begin(prompts, uniforms)
@@ -162,7 +171,7 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Memory on the device: cache, tables, and about three fp32 numbers for each logit in the recordings' pool."""
-        tables = (self.uniforms, self.sampled, self.logprobs, self.lengths, self.stopped)
+        tables = (self.uniforms, self.sampled, self.logprobs, self.lengths, self.stopped, self.kept)
         return self.cache.nbytes + sum(table.nbytes for table in tables) + 3 * 4 * self.vocab_rows
 
     def close(self) -> None:
@@ -174,7 +183,12 @@ class Decoder:
         while self.refill(self.running_rows()):
             self.advance()
         tables = (self.sampled, self.logprobs, self.lengths, self.stopped)
-        return Responses(*(table[: self.spare].cpu() for table in tables))
+        responses = (table[: self.spare].cpu() for table in tables)
+        if not self.params.keep_mask:
+            return Responses(*responses)
+        masked = MaskedResponses(*responses)
+        masked.kept = self.kept[: self.spare].cpu()
+        return masked
 
     # -----------------------------------------------------------------------------------------------------------------
     # On the device: no waiting, no new shapes, no Python number that changes from step to step
@@ -192,7 +206,11 @@ class Decoder:
         response, t = self.response[rows], self.cache.lengths[rows]
         # Finished rows all read and write the spare line. Which of them writes last does not matter.
         u = self.uniforms[response, t]
-        token, logprob = sample(self.model.logits(hidden), u, self.params, self.tokenizer.vocab_size)
+        logits, vocab_size = self.model.logits(hidden), self.tokenizer.vocab_size
+        if self.params.keep_mask:
+            token, logprob, self.kept[response, t] = sample_kept(logits, u, self.params, vocab_size)
+        else:
+            token, logprob = sample(logits, u, self.params, vocab_size)
         self.token[rows], self.sampled[response, t], self.logprobs[response, t] = token, token, logprob
         at_stop = (token[:, None] == self.stop_ids).any(dim=-1)
         self.stopped[response], self.lengths[response] = at_stop, t + 1

@@ -26,7 +26,7 @@ from model.linear import packed_weights
 from model.memory import halve_when_out_of_memory, rows_that_fit
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.decode_graph import cuda_capture, shelf
-from rollout.decoding import Responses, decode
+from rollout.decoding import MaskedResponses, Responses, decode
 from rollout.sampling import SamplingParams
 from rollout.tool_turns import Environment, Spans, decode_with_tools, with_turns
 from tokenizer import Tokenizer
@@ -143,5 +143,6 @@ def _completions(
         at_stop_id = response[-1] in tokenizer.eos_token_ids and not params.ignore_eos
         text = tokenizer.decode(response[:-1] if at_stop_id else response)
         finish: FinishReason = "not_finite" if broken else "stop" if stopped else "length"
-        completions.append(Completion(only[prompt], ids[prompt], response, logprobs.tolist(), text, finish))
+        kept = responses.kept[row, : len(response)].tolist() if isinstance(responses, MaskedResponses) else None
+        completions.append(Completion(only[prompt], ids[prompt], response, logprobs.tolist(), text, finish, kept=kept))
     return completions

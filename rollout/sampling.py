@@ -34,6 +34,8 @@ class SamplingParams:
     temperature: 0 takes the most likely token each time.
     top_k, top_p, min_p: remove unlikely tokens (off: 0, 1, 0). Log-probabilities stay those of the whole distribution,
         so in training these filters bias the ratio.
+    keep_mask: store the ids that were left to sample from, at most top_k per token. Log-probabilities are those over
+        these ids, and training uses the same ids (DeepSeek-V3.2, arXiv 2512.02556). It needs top_k and a temperature.
     stop: strings that end a response and stay in it. The text is searched with its special tokens written out, so a
         stop string may contain special tokens.
     ignore_eos: stop ids do not end a response. Every response has max_new_tokens tokens (`train.py --dry-run`).
@@ -47,6 +49,7 @@ class SamplingParams:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    keep_mask: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
@@ -56,6 +59,12 @@ class SamplingParams:
             raise ValueError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: expected "
                 "a finite temperature and top_k of at least 0, top_p above 0 and up to 1, min_p from 0 to 1"
+            )
+
+        if self.keep_mask and not (self.top_k > 0 and self.temperature > 0):
+            raise ValueError(
+                f"keep_mask with top_k={self.top_k}, temperature={self.temperature}: expected both above 0, because "
+                "the ids of every token are stored"
             )
 
     @property
@@ -82,6 +91,25 @@ def sample(logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | 
     else:
         ids = inverse_cdf(filter_weights(probabilities, params) if params.filtered else probabilities, u)
     return ids, probabilities.gather(-1, ids[:, None])[:, 0].log()
+
+
+def sample_kept(
+    logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sample`, with the ids that were left to sample from: [N, K], K = top_k or the whole vocabulary; -1 fills up.
+
+    Log-probabilities are those over these ids. If several ids share the lowest logit of the top k, only k are kept.
+    """
+    if logits.device.type == "cpu" and len(logits) > ROWS_AT_A_TIME:
+        pieces = zip(logits.split(ROWS_AT_A_TIME), u.split(ROWS_AT_A_TIME))
+        columns = zip(*(sample_kept(*piece, params, vocab_size) for piece in pieces))
+        ids, logprobs, kept = (torch.cat(column) for column in columns)
+        return ids, logprobs, kept
+    probabilities = scale_logits(logits, params.temperature, vocab_size).softmax(dim=-1)
+    weights, kept = filter_weights(probabilities, params).topk(min(params.top_k, probabilities.shape[-1]), dim=-1)
+    column = inverse_cdf(weights, u)[:, None]
+    logprobs = (weights.gather(-1, column)[:, 0] / weights.sum(dim=-1)).log()
+    return kept.gather(-1, column)[:, 0], logprobs, kept.masked_fill(weights == 0, -1)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from run.weight_checks import NotFiniteError, first_not_finite
 
 TEMPORARY = ".unfinished-"  # prefix of folders that are being written or deleted: they are no checkpoints
 REPLACED = ".replaced"
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)  # of wrong JSON
 STATE, OPTIMIZER, SUMS = "trainer_state.json", "optimizer.safetensors", "SHA256SUMS"
 
 
@@ -208,7 +209,7 @@ def load_checkpoint(folder: str | Path, optimizer: torch.optim.Optimizer | None 
     if optimizer is not None:
         try:
             optimizer.load_state_dict(_join(load_file(folder / OPTIMIZER), settings))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, *DAMAGED) as error:
             raise ValueError(f"{folder / OPTIMIZER} does not fit this model and optimizer: {error}") from None
     return state
 
@@ -228,11 +229,17 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The trainer's state, and the optimizer's settings."""
     try:
         record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return {**record["state"], "step": int(record["step"]), "score": record["score"]}, record["optimizer"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(
-            f"{folder / STATE} is not what save_checkpoint writes; resume from another checkpoint"
-        ) from None
+        step = record["step"]
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise damaged_state(folder)
+        return {**record["state"], "step": step, "score": record["score"]}, record["optimizer"]
+    except DAMAGED:  # RecursionError is a RuntimeError
+        raise damaged_state(folder) from None
+
+
+def damaged_state(folder: Path) -> ValueError:
+    """The error for a trainer_state.json with wrong values."""
+    return ValueError(f"{folder / STATE} is not what save_checkpoint writes; resume from another checkpoint")
 
 
 def weights_checksum(folder: str | Path) -> str:

@@ -68,6 +68,16 @@ class Config(  # dataclasses take fields from the last base to the first, so the
                 f"--overlong-buffer {self.overlong_buffer} is longer than a response, --max-new-tokens "
                 f"{self.max_new_tokens}",
             ),
+            (
+                self.random_reward > 0 and self.advantage_estimator == "gdpo",
+                "--random-reward replaces the whole reward, and --advantage-estimator gdpo trains on its parts; take "
+                "another estimator",
+            ),
+            (
+                self.advantage_estimator == "pass_at_k" and self.pass_k >= self.group_size,
+                f"--pass-k {self.pass_k} and --group-size {self.group_size}: the best of the whole group is the same "
+                "for all of its responses; take a smaller --pass-k",
+            ),
         ]
 
 

@@ -11,7 +11,10 @@ fp32. A GPU of compute capability 7.x (T4, V100, RTX 20) computes in fp16 and no
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
+import shutil
 import warnings
 
 import torch
@@ -58,6 +61,15 @@ def cuda_problem() -> str | None:
             return None
         return f"{sentence[:200].rstrip('. ')} (this torch was built for CUDA {torch.version.cuda})"
     return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError, with one line, if the programs that torch.compile needs are not there."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "cl")), "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(f"--compile needs a C++ compiler on a CPU, and {compiler} is not there; leave --compile out")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile needs Triton on a GPU (pip install triton); leave --compile out")
 
 
 @functools.cache

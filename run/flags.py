@@ -17,6 +17,7 @@ How to call it:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -27,7 +28,7 @@ import reprlib  # a bounded repr: a few lines of YAML aliases can expand to a li
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -44,6 +45,13 @@ REMOVED = {"shared_prefix"}  # options of older versions. A config.yaml of an ol
 RENAMED = {"cpu_optimizer": ("optimizer_state", {True: "host", False: "device"})}  # read from files, with a warning
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, for a program with other arguments than flags. A mistake is a ValueError with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"command line: {message}; --help lists all options")
+
+
 class _Capture(io.StringIO):
     """Captures tyro's output. Its boxes can be told from text only in UTF-8."""
 
@@ -58,7 +66,7 @@ def parse_flags(schema: type[T], argv: list[str], default: T | None = None, sour
     out, error = _Capture(), _Capture()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            values, unknown = tyro.cli(schema, args=argv, default=default or schema(), return_unknown_args=True)
+            values, unknown = _parse(schema, argv, default, return_unknown_args=True)
     except SystemExit as exit:
         if exit.code:
             raise ValueError(f"{source}: {_sentence(error.getvalue())}") from None
@@ -70,11 +78,18 @@ def parse_flags(schema: type[T], argv: list[str], default: T | None = None, sour
     return values
 
 
+def _parse(schema: type[T], argv: list[str], default: T | None, **more: Any) -> Any:
+    """Without a default, tyro makes the object once, so that its `__post_init__` sees the flags."""
+    if default is not None:
+        more["default"] = default
+    return tyro.cli(schema, args=argv, **more)
+
+
 def help_text(schema: type[T], only: Collection[str] | None = None, default: T | None = None) -> str:
     """The text of `--help`. only: the fields to show; None: all."""
     out = _Capture()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(schema, args=["--help"], default=default or schema())
+        _parse(schema, ["--help"], default)
     text = _with_titles(out.getvalue(), schema).rstrip()
     if only is not None:
         text = _lines_of(text, {flag_name(name) for name in only})

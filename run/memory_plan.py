@@ -32,7 +32,7 @@ from parallel.sharding import is_sharded
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.sampling import SamplingParams
 from run.config import Config
-from run.device import check_dtype, choose_device, choose_dtype
+from run.device import check_compiler, check_dtype, choose_device, choose_dtype
 from run.flags import flag_name
 from run.pretrained import peek_sizes
 from tasks.task_base import Task
@@ -74,6 +74,8 @@ def check_machine(config: Config) -> None:
     """
     device = choose_device(config.device)
     check_dtype(config.dtype, device)
+    if config.compile:
+        check_compiler(device)
     if sizes := peek_sizes(config.ckpt):  # else the download itself says why not
         dtype, _ = choose_dtype(config.dtype, device, sizes)
         with torch.device("meta"):  # shapes without storage

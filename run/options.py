@@ -135,6 +135,8 @@ class TaskOptions:
     """Tasks with a tool: calls of a response that are answered. One more call ends the response."""
     max_turn_tokens: NumberOrNone = 0
     """Tasks with a tool: most sampled tokens between two observations. A longer turn ends the response. 0: no limit."""
+    random_reward: Share = 0.0
+    """Control experiment: the reward is 1 with this probability and else 0, whatever the response is. 0: off."""
     overlong_buffer: NumberOrNone = 0
     """Soft overlong penalty (DAPO): the last so many tokens before the cap cost up to 1. 0: off."""
 
@@ -173,18 +175,25 @@ class RolloutOptions:
     temperature: Positive = 1.0
     """Sampling temperature. Training scores the tokens at the same temperature."""
     top_k: NumberOrNone = 0
-    """Sample from the k likeliest tokens only. 0: off. Biases the ratio, like the next two options."""
+    """Sample from the k likeliest tokens only. 0: off. It biases the ratio, as do the next two, without
+    keep_sampling_mask."""
     top_p: PositiveShare = 1.0
     """Sample from the smallest set of tokens with this probability. 1: off."""
     min_p: Share = 0.0
     """Leave out tokens below this share of the likeliest token's probability. 0: off."""
+    keep_sampling_mask: bool = False
+    """Train on the distribution over the ids that top_k, top_p and min_p left (DeepSeek-V3.2). Needs top_k."""
 
     def conflicts(self) -> Conflicts:
         return [
             (
                 self.group_size == 1,
                 "--group-size 1: a group of one has no baseline, its advantage is always 0; take 2 or more",
-            )
+            ),
+            (
+                self.keep_sampling_mask and not self.top_k,
+                "--keep-sampling-mask stores the ids that each token is sampled from: it needs --top-k, such as 50",
+            ),
         ]
 
 
@@ -192,10 +201,15 @@ class RolloutOptions:
 class AdvantageOptions:
     """Advantages"""
 
-    advantage_estimator: Literal["group_mean", "rloo", "reinforce_pp"] = "group_mean"
-    """Baseline: mean of the group, mean of the other responses of the group, or mean of the batch (REINFORCE++)."""
+    advantage_estimator: Literal["group_mean", "rloo", "reinforce_pp", "opo", "maxrl", "gdpo", "pass_at_k"] = (
+        "group_mean"
+    )
+    """Baseline: mean of the group, of the other responses of the group, of the batch (REINFORCE++), or of the group
+    weighted by lengths (OPO). maxrl, gdpo and pass_at_k have a division of their own (docs/grpo.md)."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the deviation of the group, by that of the batch, or not."""
+    pass_k: Count = 4
+    """pass_at_k: a group is judged by the best of so many of its responses. Less than group_size."""
     drop_zero_variance: bool = False
     """Leave groups with equal rewards out of the update, also out of divergence and entropy."""
     refill_rounds: NumberOrNone = 0
@@ -206,7 +220,16 @@ class AdvantageOptions:
             (
                 self.refill_rounds > 0 and not self.drop_zero_variance,
                 f"--refill-rounds {self.refill_rounds} replaces dropped groups: it needs --drop-zero-variance",
-            )
+            ),
+            (
+                self.advantage_estimator in ("maxrl", "gdpo") and self.advantage_scale != "group",
+                f"--advantage-scale {self.advantage_scale} does not go with --advantage-estimator "
+                f"{self.advantage_estimator}, which has a division of its own; take --advantage-scale group",
+            ),
+            (
+                self.advantage_estimator == "pass_at_k" and self.advantage_scale == "batch",
+                "--advantage-scale batch does not go with --advantage-estimator pass_at_k; take group or none",
+            ),
         ]
 
 
@@ -238,6 +261,9 @@ class LossOptions:
     """Correct for the difference between the sampler's and the trainer's log-probabilities."""
     importance_cap: Positive = 2.0
     """Largest importance weight of the correction."""
+    off_policy_threshold: NotNegative | None = None
+    """Leave out responses of negative advantage whose log-probability fell by more than this per token since they were
+    sampled (DeepSeek-V3.2). None: keep all."""
     beta: NotNegative = 0.0
     """Weight of the divergence. 0: none, and no reference model is loaded."""
     kl: Literal["k1", "k2", "k3", "kl", "approx_kl", "ot"] = "k3"
@@ -316,6 +342,9 @@ class UpdateOptions:
     """Most tokens in one forward and backward pass. Changes memory, not the gradient."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the functions between the matrix products (torch.compile): one to two minutes once, then fewer kernels.
+    Gradients agree to 1e-5 in fp32."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     max_refusals: NumberOrNone = 10
@@ -394,10 +423,19 @@ class ScheduleOptions:
     """Steps between checkpoints. The last step is always saved. 0: only the last."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints to keep. The best one is kept, too."""
+    snapshots: Annotated[int, Range(0, 1000)] = 0
+    """Small snapshots of the weights, spread evenly from step 0 to the last step, for the slider of explain.py. Each
+    takes 2 bytes a weight. 0: none."""
     log_samples: Share = 1.0
     """Share of the responses written to samples.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Charts besides metrics.jsonl: tensorboard, and the optional packages wandb and trackio. No name: none."""
+    log_tokens: NumberOrNone = 16384
+    """Response tokens of a step that samples.jsonl holds one by one, with what the update did to each, for report.py:
+    whole groups, at least one. 0: none."""
+
+    def conflicts(self) -> Conflicts:
+        return [(self.snapshots == 1, "--snapshots 1 would keep the model before training only: take 2 or more, or 0")]
 
 
 @dataclass

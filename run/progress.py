@@ -1,4 +1,4 @@
-"""What a person sees of a run: a display redrawn in place on a terminal, a line a step elsewhere, a table at the end.
+"""A run as a person sees it: a display redrawn in place on a terminal, a line a step elsewhere, a table at the end.
 
 A response, a name of a metric or of a checkpoint may hold anything: terminal escapes, control characters, brackets that
 a markup language would read. Such text is printed by `text`, which escapes control characters and is no markup.
@@ -167,7 +167,7 @@ class _RedrawnLive(Live):
 
 
 class LiveProgress:
-    """The display of a terminal. What others print appears above it."""
+    """The display of a terminal. The prints of others appear above it."""
 
     def __init__(self, history: History, console: Console, title: str):
         self.history, self.console, self.title = history, console, title

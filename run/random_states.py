@@ -21,7 +21,8 @@ def random_states(**generators: torch.Generator) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], **generators: torch.Generator) -> None:
-    """Restore the states that `random_states` with the same names returned."""
+    """Restore the states that `random_states` with the same names returned. Raises KeyError, TypeError, ValueError or
+    RuntimeError if they are something else."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(_unhex(states["torch"]))

@@ -1,4 +1,4 @@
-"""What `--resume` does with every option: one table, and the checks that follow from it.
+"""`--resume` and every option: one table, and the checks that follow from it.
 
 A resumed run continues the run that its checkpoint belongs to. An option is either applied from the next step on, as
 the learning rate, or refused, because the steps before and after would not belong together. Nothing is ignored, so
@@ -60,6 +60,7 @@ RULES = {
     "call_price": REWARDS,
     "max_turns": APPLIED,
     "max_turn_tokens": APPLIED,
+    "random_reward": REWARDS,
     "overlong_buffer": REWARDS,
     # Rollout
     "prompts_per_step": DRAWS,
@@ -69,9 +70,11 @@ RULES = {
     "top_k": APPLIED,
     "top_p": APPLIED,
     "min_p": APPLIED,
+    "keep_sampling_mask": APPLIED,
     # Advantages
     "advantage_estimator": APPLIED,
     "advantage_scale": APPLIED,
+    "pass_k": APPLIED,
     "drop_zero_variance": APPLIED,
     "refill_rounds": APPLIED,
     # Loss
@@ -86,6 +89,7 @@ RULES = {
     "top_entropy_share": APPLIED,
     "importance_correction": APPLIED,
     "importance_cap": APPLIED,
+    "off_policy_threshold": APPLIED,
     "beta": APPLIED,
     "kl": APPLIED,
     "kl_in": APPLIED,
@@ -102,6 +106,7 @@ RULES = {
     "updates_per_rollout": APPLIED,
     "micro_batch_tokens": APPLIED,
     "gradient_checkpointing": APPLIED,
+    "compile": APPLIED,
     "max_grad_norm": APPLIED,
     "max_refusals": APPLIED,
     # Optimizer
@@ -126,8 +131,10 @@ RULES = {
     "eval_samples": APPLIED,
     "save_every": APPLIED,
     "keep_checkpoints": APPLIED,
+    "snapshots": APPLIED,
     "log_samples": APPLIED,
     "log_to": APPLIED,
+    "log_tokens": APPLIED,
     # Several processes
     "shard_weights": APPLIED,
     "collective_timeout": APPLIED,

@@ -6,7 +6,7 @@
 
 Two programs in one folder mix their logs, and each deletes the other's checkpoints. The lock is the operating system's
 (package `filelock`: flock, on Windows msvcrt.locking), so that it is free at once when its holder was killed. The file
-`.running` beside it says who holds it; it decides nothing.
+`.running` beside it names the program that holds it. It decides nothing.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RunLock:
 
 
 def _holder(run_dir: Path) -> str:
-    """Who holds a folder's lock, as its `.running` says."""
+    """The program that holds a folder's lock, as its `.running` says."""
     try:
         who = json.loads((run_dir / HOLDER).read_text(encoding="utf-8"))
         return f"process {who['pid']} on {who['host']}, since {who['since']}"

@@ -76,6 +76,9 @@ class RunLog:
         self._share = config.log_samples
         self._texts: dict[str, str] = {}  # for the trackers, with the metrics of their step
         self._complaints: set[str] = set()
+        self._token_texts: dict[
+            int, str
+        ] = {}  # token id -> its text: a step has thousands of tokens and few different ones
         machine = json.dumps(describe_machine(), indent=1) + "\n"
         self._try("machine.json", lambda: (self.run_dir / "machine.json").write_text(machine, encoding="ascii"))
         self.history = History(total_steps, config.eval_every if config.eval_problems else None)
@@ -126,7 +129,7 @@ class RunLog:
     def log_samples(self, step: int, episodes: list[Episode], decode: Callable[[list[int]], str]) -> None:
         """Write `config.log_samples` of a step's rollouts to samples.jsonl, and show two. `decode`: ids -> text.
 
-        The first group of a step is written token by token as well: the report colours it.
+        The first group of a step, and every response with a trace, is written token by token as well.
         """
         first = step * len(episodes)  # counted over the run, so that a share of 1 in 1000 is that of the whole run
         prompts: dict[int, str] = {}
@@ -136,8 +139,8 @@ class RunLog:
                 if episode.group_id not in prompts:
                     prompts[episode.group_id] = decode(episode.prompt_ids)
                 record = _sample(step, episode, prompts[episode.group_id])
-                if episode.group_id == episodes[0].group_id:
-                    record |= _tokens(episode, decode)
+                if episode.group_id == episodes[0].group_id or episode.trace:
+                    record |= self._tokens(episode, decode)
                 records.append(record)
         self._try("samples.jsonl", lambda: self._samples.append(*records))
         if records:
@@ -151,12 +154,28 @@ class RunLog:
 
         sampled: True at the run's temperature, False greedy.
         """
-        records = [_sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | _tokens(e, decode) for e in episodes]
+        records = [
+            _sample(step, e, decode(e.prompt_ids)) | {"sampled": sampled} | self._tokens(e, decode) for e in episodes
+        ]
         self._try("held_out.jsonl", lambda: self._held_out.append(*records))
         self._texts |= held_out_texts(episodes, sampled)
 
+    def _tokens(self, episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+        """The response token by token: text, log-probability under the sampler, and the part in the update."""
+        for token_id in episode.response_ids:
+            if token_id not in self._token_texts:
+                self._token_texts[token_id] = decode([token_id])
+        found = {
+            "prompt_ids": episode.prompt_ids,
+            "token_ids": episode.response_ids,
+            "tokens": [self._token_texts[token_id] for token_id in episode.response_ids],
+            "token_logprobs": _rounded(episode.logprobs),
+            **({} if episode.sampled is None else {"token_sampled": episode.sampled}),
+        }
+        return found | {"update": episode.trace} if episode.trace else found
+
     def truncate_after(self, step: int) -> None:
-        """Forget what was logged after `step`: a run resumed from there will log it again.
+        """Forget all lines after `step`: a run resumed from there will log it again.
 
         TensorBoard hides the later events once the first new one is written.
         """
@@ -181,7 +200,7 @@ class RunLog:
             Display(file=file, width=100).print(summary_table(self.history))
 
     def close(self) -> None:
-        """End the display and write out what is still in memory. The log can not be used afterwards."""
+        """End the display and write out the lines that are still in memory. The log can not be used afterwards."""
         self._show(self._progress.close)
         self._track(lambda tracker: tracker.close())
         self._trackers.clear()
@@ -265,6 +284,12 @@ def _number(value: Any) -> float | int | None:
         return None
 
 
+def _rounded(logprobs: list[float]) -> list[float | None]:
+    if math.isfinite(sum(logprobs)):
+        return [round(x, 7) for x in logprobs]
+    return [_number(round(x, 7)) for x in logprobs]
+
+
 def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
     return {
         "step": step,
@@ -278,13 +303,3 @@ def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
         "finish_reason": episode.finish_reason,
         "response_tokens": episode.n_sampled,
     } | ({} if episode.turns is None else {"turns": [turn._asdict() for turn in episode.turns]})
-
-
-def _tokens(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """The answer token by token, with the sampler's log-probability of each."""
-    return {
-        "prompt_ids": episode.prompt_ids,
-        "token_ids": episode.response_ids,
-        "tokens": [decode([token_id]) for token_id in episode.response_ids],
-        "token_logprobs": [_number(round(logprob, 4)) for logprob in episode.logprobs],
-    } | ({} if episode.sampled is None else {"token_sampled": episode.sampled})

@@ -16,7 +16,7 @@ block 2. Besides them there are, for what happens between modules,
     model.layers.L.mlp.act                [N, F] silu(gate) * up, before down_proj
     logits                                [N, V]
 
-An edit works for whatever the model does inside the `with`: a plain call, training, sampling with a cache (there a row
+An edit works for every computation inside the `with`: a plain call, training, sampling with a cache (there a row
 is a token of an answer). Edits of one name apply in the order in which they were made, and a record sees all of them.
 
 Shape letters: N flat tokens, H query heads, G key-value heads, K head size, F feed-forward, V vocabulary.

@@ -1,4 +1,4 @@
-"""What one forward pass is made of, as plain numbers: shapes, costs, norms, rotations, attention, next tokens.
+"""The parts of one forward pass, as plain numbers: shapes, costs, norms, rotations, attention, next tokens.
 
     facts = look(model, tokenizer, ids)           # lists and numbers, ready for JSON: what explain.py shows
     moved = compare(model, other, tokenizer, ids)
@@ -12,6 +12,7 @@ Shape letters: N tokens, D hidden, H query heads, G key-value heads, K head size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ FILTERS = {  # how the next token's probabilities look under common sampling set
 def look(
     model: Qwen2ForCausalLM, tokenizer: Tokenizer, ids: Sequence[int], *, layers: Sequence[int] = (),
     heads: Sequence[int] = (), start: int = 0,
-) -> dict:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Everything about one text. `layers` and `heads` whose attention is kept: none takes up to four of each.
 
     `lens` and `next` are by position, the last LENS_TOKENS of the text: a row of logits is a vocabulary wide. `shown`
@@ -57,7 +58,7 @@ def look(
         "tokens": token_row(tokenizer, ids),
         "parts": parts(c, len(ids), model.head_weight.element_size()),
         "norms": norms(model, trace),
-        "rope": rope(model, trace, layers[0], heads),
+        "rope": [turned for layer in layers for turned in rope(model, trace, layer, heads)],
         "attention": {f"{la}.{h}": attention_map(trace, la, h) for la in layers for h in heads},
         "cache": cache_growth(c, len(ids), model.head_weight.element_size()),
         "lens": logit_lens(model, tokenizer, trace),
@@ -76,11 +77,11 @@ def _chosen(asked: Sequence[int], count: int, what: str) -> list[int]:
     return list(dict.fromkeys(asked))
 
 
-def token_row(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
+def token_row(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict[str, Any]]:
     return [{"id": int(i), "text": _text(tokenizer, i)} for i in ids]
 
 
-def parts(c: Qwen2Config, N: int, element_size: int) -> list[dict]:
+def parts(c: Qwen2Config, N: int, element_size: int) -> list[dict[str, Any]]:
     """Each part of the model on N tokens: shapes, how many of it there are, parameters, FLOPs and bytes of all of them.
 
     `activations` are the numbers that the part hands on.
@@ -109,7 +110,7 @@ def parts(c: Qwen2Config, N: int, element_size: int) -> list[dict]:
          0 if c.tie_word_embeddings else V * D, 2 * N * D * V, N * V),
     ]  # fmt: skip
     keys = ("name", "weight", "shape", "count", "parameters", "flops", "activations")
-    found = [dict(zip(keys, row)) for row in rows]
+    found: list[dict[str, Any]] = [dict(zip(keys, row)) for row in rows]
     for row in found:
         for key in ("parameters", "flops", "activations"):
             row[key] *= row["count"]
@@ -126,7 +127,7 @@ def residual(trace: Trace, layer: int) -> Tensor:
     return trace["model.embed_tokens"] if layer == 0 else trace[f"model.layers.{layer - 1}"]
 
 
-def norms(model: Qwen2ForCausalLM, trace: Trace) -> list[dict]:
+def norms(model: Qwen2ForCausalLM, trace: Trace) -> list[dict[str, Any]]:
     """By layer, the root mean square that each RMSNorm divides by: mean over the tokens, and at the last one."""
     found = []
     for layer in range(model.config.num_hidden_layers):
@@ -136,23 +137,32 @@ def norms(model: Qwen2ForCausalLM, trace: Trace) -> list[dict]:
             ("post_attention_layernorm", before + trace[f"model.layers.{layer}.self_attn"]),
         ):
             rms = x.float().pow(2).mean(-1).sqrt()
-            found.append({"layer": layer, "norm": name, "mean": _r(rms.mean()), "last": _r(rms[-1])})
+            found.append(
+                {"layer": layer, "norm": name, "mean": _r(rms.mean()), "last": _r(rms[-1]), "by_token": _rs(rms)}
+            )
     return found
 
 
-def rope(model: Qwen2ForCausalLM, trace: Trace, layer: int, heads: Sequence[int]) -> list[dict]:
-    """The rotation of the last token's query: by head and pair (i, i + K/2) the angle, before and after."""
+def rope(model: Qwen2ForCausalLM, trace: Trace, layer: int, heads: Sequence[int]) -> list[dict[str, Any]]:
+    """The rotation of a layer's queries: by head and pair (i, i + K/2) before and after, at the last token and at all.
+
+    The angle at a position is position x frequency, in radians; `turn` is the number of tokens of a whole turn.
+    """
     K, position = model.config.head_dim, len(trace.ids) - 1
     name = f"model.layers.{layer}.self_attn"
-    before = trace[f"{name}.q_norm" if model.config.qk_norm else f"{name}.q_proj"][-1].reshape(-1, K)
-    after, frequencies = trace[f"{name}.q"][-1], model.model.rope.compute_frequencies()
+    before = trace[f"{name}.q_norm" if model.config.qk_norm else f"{name}.q_proj"].reshape(position + 1, -1, K)
+    after, frequencies = trace[f"{name}.q"], model.model.rope.compute_frequencies()
     found = []
     for head in heads:
         for i in sorted({0, K // 8, K // 4, K // 2 - 1}):
             pair = torch.tensor([i, i + K // 2])
-            found.append({"layer": layer, "head": head, "pair": i, "position": position,
-                          "angle": _r(position * frequencies[i]), "turn": _r(2 * torch.pi / frequencies[i]),
-                          "before": _rs(before[head, pair]), "after": _rs(after[head, pair])})  # fmt: skip
+            first, turned = ([_rs(row) for row in x[:, head, pair]] for x in (before, after))
+            frequency = float(frequencies[i])
+            found.append({
+                "layer": layer, "head": head, "pair": i, "position": position, "frequency": frequency,
+                "angle": _r(position * frequency), "turn": _r(2 * torch.pi / frequency), "before": first[-1],
+                "after": turned[-1], "before_by_token": first, "after_by_token": turned,
+            })  # fmt: skip
     return found
 
 
@@ -162,7 +172,7 @@ def attention_map(trace: Trace, layer: int, head: int) -> list[list[float]]:
     return [[round(x, 3) for x in row[: i + 1]] for i, row in enumerate(weights.tolist())]
 
 
-def cache_growth(c: Qwen2Config, N: int, element_size: int) -> dict:
+def cache_growth(c: Qwen2Config, N: int, element_size: int) -> dict[str, Any]:
     """Bytes of keys and values: a token, now, and later."""
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * element_size
     return {"bytes_per_token": token, "at": [{"tokens": n, "bytes": n * token} for n in (N, 2 * N, 4 * N, 16 * N)],
@@ -170,8 +180,8 @@ def cache_growth(c: Qwen2Config, N: int, element_size: int) -> dict:
 
 
 @torch.no_grad()
-def logit_lens(model: Qwen2ForCausalLM, tokenizer: Tokenizer, trace: Trace, top: int = 3) -> list[dict]:
-    """What the head would say of the residual stream before each block, and behind the last (nostalgebraist 2020).
+def logit_lens(model: Qwen2ForCausalLM, tokenizer: Tokenizer, trace: Trace, top: int = 3) -> list[dict[str, Any]]:
+    """The head's predictions from the residual stream before each block, and behind the last (nostalgebraist 2020).
 
     `last`: the likeliest tokens at the last position. `best`: the likeliest at each of the last positions (LENS_TOKENS
     at most: a row of logits is a vocabulary wide), with its probability.
@@ -190,7 +200,7 @@ def logit_lens(model: Qwen2ForCausalLM, tokenizer: Tokenizer, trace: Trace, top:
     return found
 
 
-def next_tokens(logits: Tensor, tokenizer: Tokenizer, top: int = 12) -> list[list[dict]]:
+def next_tokens(logits: Tensor, tokenizer: Tokenizer, top: int = 12) -> list[list[dict[str, Any]]]:
     """By position, the likeliest next tokens and the probability of each under every setting of FILTERS: [N, V]."""
     ids = logits[:, : tokenizer.vocab_size].topk(min(top, tokenizer.vocab_size)).indices
     columns = {
@@ -207,7 +217,8 @@ def next_tokens(logits: Tensor, tokenizer: Tokenizer, top: int = 12) -> list[lis
 
 
 def probabilities(logits: Tensor, params: SamplingParams, vocab_size: int) -> Tensor:
-    """[N, V] what the sampler draws from: temperature, then min-p, top-k and top-p, then a sum of 1."""
+    """[N, V] the distribution that the sampler draws from: temperature, then min-p, top-k and top-p, then a sum of
+    1."""
     scaled = scale_logits(logits.float(), params.temperature, vocab_size)
     weights = filter_weights((scaled - scaled.amax(-1, keepdim=True)).exp(), params)
     return weights / weights.sum(-1, keepdim=True)
@@ -216,7 +227,7 @@ def probabilities(logits: Tensor, params: SamplingParams, vocab_size: int) -> Te
 @torch.no_grad()
 def compare(
     before: Qwen2ForCausalLM, after: Qwen2ForCausalLM, tokenizer: Tokenizer, ids: Sequence[int], start: int = 0
-) -> dict:
+) -> dict[str, Any]:
     """Two checkpoints of one model on the same text: KL a token, which tokens became likelier, which weights moved.
 
     `mean_kl` is over the choices made behind tokens `start` and later: a policy answers for its answer, not the prompt.
@@ -243,7 +254,7 @@ def compare(
     }
 
 
-def _changed(old: Tensor, new: Tensor, tokenizer: Tokenizer, top: int = 4) -> list[dict]:
+def _changed(old: Tensor, new: Tensor, tokenizer: Tokenizer, top: int = 4) -> list[dict[str, Any]]:
     """The tokens that became likelier by most, and those that became less likely: probabilities [V]."""
     change = new - old
     likelier, less = (change * sign for sign in (1, -1))

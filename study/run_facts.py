@@ -1,4 +1,4 @@
-"""What the page of a run shows, as plain data: headline, curves with intervals, first and last values, settings.
+"""The contents of the page of a run, as plain data: headline, curves with intervals, first and last values, settings.
 
     shown = facts([read_run(folder) for folder in folders])     # ready for JSON
 
@@ -49,7 +49,7 @@ WORDS = {  # a metric's last part -> its name for readers
     "solved": "solved", "reward": "reward", "format": "format reward", "answer": "answer reward",
     "mean_length": "tokens a response", "clipped_ratio": "responses cut", "false_sums": "false sums",
     "entropy": "entropy (nats a token)", "kl": "divergence (nats a token)", "step_time": "seconds a step",
-    "grad_norm": "norm of the gradient", "learning_rate": "learning rate", "reward_std": "spread in a group",
+    "grad_norm": "norm of the gradient", "learning_rate": "learning rate", "reward_std": "spread of the rewards",
     "frac_reward_zero_std": "groups without a signal", "tokens_per_second": "tokens a second",
     "peak_gib": "peak memory (GiB)", "low_mean": "below the clip", "high_mean": "above the clip",
 }  # fmt: skip

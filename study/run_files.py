@@ -18,11 +18,12 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pandas as pd
 
 from run.config import Config, load_config
+from run.options import LossOptions, check_ranges
 
 Record = dict[str, Any]
 LARGEST = 2**53  # whole numbers beyond it are not exact in JavaScript
@@ -82,6 +83,9 @@ SAMPLE = {
     "reward_parts": PARTS, "advantage": NUMBER, "finish_reason": TEXT, "response_tokens": COUNT,
 }  # fmt: skip
 BY_TOKEN = {"tokens": TEXTS, "token_ids": COUNTS, "token_logprobs": NUMBERS}  # one item a token of the response
+UPDATE_LISTS = ("logp", "entropy", "coefficient")  # of a response that took part in the update; each an item a token
+FURTHER_LISTS = ("mask", "ref_logp", "rollout_logp")  # if the loss has them
+DENOMINATORS = {"tokens": COUNT, "responses": COUNT, "longest": COUNT}
 
 
 def read_run(folder: Path) -> Run:
@@ -142,14 +146,17 @@ def read_samples(path: Path, notes: list[str]) -> list[Record]:
             continue
         if (by_token := record.keys() & BY_TOKEN.keys()) and (wrong := _wrong_tokens(record)):
             skipped.value(place, wrong)
-            record = {name: value for name, value in record.items() if name not in by_token}
+            record = {name: value for name, value in record.items() if name not in (*by_token, "update")}
+        elif "update" in record and (wrong := _wrong_update(record)):
+            skipped.value(place, f"update: {wrong}")
+            record = {name: value for name, value in record.items() if name != "update"}
         samples.append(record)
     notes += skipped.sentences()
     return samples
 
 
 def read_machine(folder: Path) -> dict[str, str]:
-    """What RunLog wrote about the computer; nothing if it is missing or damaged."""
+    """The record of RunLog about the computer. Nothing if it is missing or damaged."""
     try:
         found = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -220,6 +227,51 @@ def _wrong_tokens(record: Record) -> str | None:
     if len(set(lengths.values())) > 1:
         return f"the lists by token have lengths {lengths}, expected equal ones"
     return None if COUNTS.fits(record.get("prompt_ids")) else f"prompt_ids: expected {COUNTS.expected}"
+
+
+def _wrong_update(record: Record) -> str | None:
+    """The fault in the numbers of a response's update (update/token_traces.py), in words."""
+    update = record["update"]
+    if "tokens" not in record:
+        return "the response is not written token by token"
+    if not isinstance(update, dict) or not isinstance(update.get("step"), dict):
+        return f"it is {_short(update)}, expected an object with the object 'step'"
+    lists = {name: update[name] for name in (*UPDATE_LISTS, *FURTHER_LISTS) if name in update}
+    kinds = {"weight": NUMBER} | dict.fromkeys(lists.keys() | set(UPDATE_LISTS if lists else ()), NUMBERS)
+    if wrong := _wrong(update, kinds) or _wrong(update["step"], DENOMINATORS):
+        return wrong
+    if any(len(values) != len(record["tokens"]) for values in lists.values()):
+        return f"a list by token does not have the length of the response, {len(record['tokens'])}"
+    try:
+        loss_options(update["step"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def loss_options(facts: Record) -> LossOptions:
+    """The options of a step's loss, of which a run writes those that are not the default. Raises ValueError."""
+    kinds = get_type_hints(LossOptions)
+    given = {name: value for name, value in facts.items() if name not in (*DENOMINATORS, "refused")}
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f"{_short(name)} is not an option of the loss")
+        if not _fits(value, kinds[name]):
+            raise ValueError(f"{name} is {_short(value)}, which is not a value of that option")
+    options = LossOptions(**given)
+    check_ranges(options)
+    if wrong := [sentence for applies, sentence in options.conflicts() if applies]:
+        raise ValueError(wrong[0])
+    return options
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of an option's type: a choice, a truth value, a number, or None."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if value is None or isinstance(value, bool):
+        return type(value) in (kind, *get_args(kind))
+    return is_count(value) if kind is int else is_number(value) and kind is not bool
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,7 @@
 
     MathDataset("math_tasks.jsonl")                # question, answer: also your own JSONL or parquet, file or folder
     Gsm8kTask(data="openai/gsm8k")                 # question, answer with "#### 42" at its end
-    MathTask(data="EleutherAI/hendrycks_math")     # problem, solution with \\boxed{...}; needs math-verify
+    MathTask(data="EleutherAI/hendrycks_math")     # problem, solution with \\boxed{...}, with math-verify
 
 `data` is a file, a folder, or a Hub id, which huggingface_hub fetches. task_files.py says which files are held out.
 `question_column` and `answer_column` name other columns.
@@ -118,7 +118,7 @@ class MathDataset(RowTask):
             raise ValueError(f"the answer is a solution that ends with {mark[0].strip()!r}; did you mean --task gsm8k?")
         if isinstance(answer, str) and plain_number(answer) is None and last_boxed(answer):
             raise ValueError("the answer is a solution with \\boxed{...}; did you mean --task math?")
-        answer_text(answer)  # refuses what cannot be matched
+        answer_text(answer)  # refuses an answer that cannot be matched
         limits = {"num_terms": self.max_terms, "num_digits": self.max_digits}
         for name in limits:
             if name in row and (isinstance(row[name], bool) or not isinstance(row[name], int)):
@@ -153,7 +153,10 @@ class ReleasedTask(RowTask):
     def _parse(self, row: Row) -> Pair:
         question, solution = (row[name] for name in self._names)
         if not isinstance(question, str) or not isinstance(solution, str) or not question.strip():
-            raise ValueError(f"expected text in {' and '.join(self._names)}")
+            found = next(value for value in (solution, question) if not isinstance(value, str) or not value.strip())
+            raise ValueError(
+                f"expected text in {' and '.join(self._names)}, found {found!r:.200}; plain answers need --task jsonl"
+            )
         answer = self.answer_of(solution)
         if not answer:
             hint = "if this is the answer itself, take --task jsonl"
@@ -221,7 +224,7 @@ def math_checker() -> Callable[[str, str], bool]:
 
 
 def formula_in_dollars(answer: str) -> str:
-    """An answer as math-verify reads it: `\\[5\\]`, `**5**` and `\\$5` become `$5$`; prose keeps its own formulas."""
+    """An answer as math-verify reads it: `\\[5\\]`, `**5**` and `\\$5` become `$5$`. Prose keeps its own formulas."""
     answer = plain_formula(answer)
     if "$" in answer or "\\boxed" in answer:
         return answer

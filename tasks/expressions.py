@@ -200,7 +200,7 @@ def false_sums(text: str) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)  # responses of a group repeat each other, and reward and diagnostics both ask
 def _is_right(before: str, behind: str) -> bool | None:
-    """Whether the equality between two cells holds in one of its readings; None if one of them is not clear."""
+    """Whether the equality between two cells holds in one of its readings. None: one is not clear."""
     cells = _readings(before + "=", last=True)
     if dash := _DASH.match(cells[0]):
         cells.append("\n-" + cells[0][dash.end() :])  # "- 5 + 3": a list marker or a minus sign
@@ -258,7 +258,7 @@ def _value_before(cell: str) -> Fraction | None:
 
 
 def _may_begin(before: str, run: str) -> bool:
-    """Whether an expression begins with `run`; False if the text `before` it may belong to it."""
+    """Whether an expression begins with `run`. False: the text `before` may belong to it."""
     neighbour = re.findall(r"[^\W\d_]{2,}$|.$", before, re.DOTALL)[0]  # a word or one character
     earlier, spaced, sign = before.removesuffix(neighbour), run[:1].isspace(), run.lstrip()[:2]
     if len(neighbour) > 1 and earlier[-1:] == "\\":
@@ -307,7 +307,7 @@ def _value_behind_is(cell: str, left: Fraction) -> bool | None:
 
 
 def _may_end(run: str, behind: str) -> bool:
-    """Whether an expression ends with `run`; False if the text `behind` it may belong to it."""
+    """Whether an expression ends with `run`. False: the text `behind` may belong to it."""
     if behind[:2].isalpha():
         word = re.split(r"[\W\d_]", behind, maxsplit=1)[0]
         mixed = run.strip().isdigit() and _AND_A_FRACTION.match(behind)

@@ -26,7 +26,7 @@ POOL = 10_000  # items of a data set; some generators build all of them at once
 class ReasoningGymTask(Task):
     """Any data set of reasoning-gym, judged by its own scorer from 0 to 1.
 
-    Problems are drawn from POOL items; one question in ten is held out by its hash. Some scorers (EVALUATING) pass the
+    Problems are drawn from POOL items. One question in ten is held out by its hash. Some scorers (EVALUATING) pass the
     answer to `eval`. They only get answers that cannot be a program.
     """
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's text, at most 200 characters; the error's type if it has no text."""
+    """The first line of an error's text, at most 200 characters, or the error's type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:
-    """The most similar name in `known`; None if none is similar enough. `cutoff`: 0 takes any, 1 only an equal one."""
+    """The most similar name in `known`, or None. `cutoff`: 0 takes any name, 1 only an equal one."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 RUN_NAMES = frozenset([
     "step", "loss", "policy_loss", "kl", "entropy", "entropy_coef", "grad_norm", "learning_rate", "num_tokens",
     "step_time", "loss_scale", "reward", "reward_std", "frac_reward_zero_std", "frac_reward_missing", "mean_length",
-    "clipped_ratio", "overlong", "solved", "full_format", "sums", "false_sums", "greedy",
+    "clipped_ratio", "overlong", "random", "solved", "full_format", "sums", "false_sums", "greedy",
 ])  # fmt: skip
 RUN_GROUPS = frozenset([
     "rewards", "completions", "clip_ratio", "ratio", "sampling", "update", "rollout", "memory", "rank", "curriculum",
@@ -21,7 +21,7 @@ TASK_DIAGNOSTICS = frozenset(["solved", "full_format", "sums", "false_sums"])  #
 
 
 def name_problem(name: object) -> str | None:
-    """Why a reward part or a diagnostic cannot have this name; None if it can."""
+    """Why a reward part or a diagnostic cannot have this name. None: it can."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable() or name != name.strip():
         return f"the name {name!r:.60} is not readable text"
     if name in RUN_NAMES or name.startswith(("eval_", "greedy_", "pass@")) or name.partition("/")[0] in RUN_GROUPS:
@@ -29,9 +29,9 @@ def name_problem(name: object) -> str | None:
     return None
 
 
-def check_names(what: str, names: Iterable[object]) -> None:
-    """Raise ValueError, in one line, for a name that would overwrite a metric of the run. `what`: "reward part", ..."""
+def check_names(kind: str, names: Iterable[object]) -> None:
+    """Raise ValueError, in one line, for a name that would overwrite a metric of the run. `kind`: "reward part", ..."""
     for name in names:
         problem = name_problem(name)
         if problem:
-            raise ValueError(f"{what}: {problem}; choose another name")
+            raise ValueError(f"{kind}: {problem}; choose another name")

@@ -2,7 +2,7 @@
 
     task = SandboxedTask("my_task.py:MyTask", {"seed": 0}, deadline_s=10.0)       # --task my_task.py:MyTask
     task = FunctionReward(Gsm8kTask(), "my_reward.py:length", deadline_s=10.0)    # --reward my_reward.py:length
-    task.reward(problem, response)                 # -> Reward(nan, {}) if your code fails; task.failures counts
+    task.reward(problem, response)                 # -> Reward(nan, {}) if your code fails, counted in task.failures
 
 docs/your-own.md shows both from the user's side.
 """
@@ -65,6 +65,9 @@ class JudgedInWorker(Task):
 
     def prompt(self, problem: Problem) -> list[Message]:
         return self.task.prompt(problem)
+
+    def part_weights(self) -> dict[str, float]:
+        return self.task.part_weights()
 
     def check_reward(self) -> None:
         """Ask for one reward before time is spent. Raises ValueError for a mistake that every call would repeat."""
@@ -224,7 +227,7 @@ class FunctionReward(JudgedInWorker):
 
 
 def _wrong_problem(problem: Any) -> str | None:
-    """What a user's method returned instead of a problem; None for a problem."""
+    """The fault of a value that a user's method returned as a problem. None: it is a problem."""
     if not isinstance(problem, Problem):
         return f"{type(problem).__name__}, expected Problem(id, messages, target)"
     if not isinstance(problem.id, str) or not isinstance(problem.response_prefix, str):
@@ -268,6 +271,7 @@ def user_judge(source: str, options: dict[str, Any]) -> Callable[..., Judged | s
             else:
                 reward = task.reward_turns(problem, response)
                 response = "".join(turn.text for turn in response)
+                task._judged = problem, response, reward  # type: ignore[misc]  # for its diagnostics
             if not isinstance(reward, Reward):
                 raise RefusedError(f"it returned {type(reward).__name__}, expected Reward(total, parts)")
             total, parts = _checked(reward)
@@ -333,18 +337,18 @@ def _checked(reward: Reward) -> tuple[float, dict[str, float]]:
     return total, _numbers("reward part", reward.parts)
 
 
-def _numbers(what: str, values: Any, allowed: frozenset[str] = frozenset()) -> dict[str, float]:
+def _numbers(kind: str, values: Any, allowed: frozenset[str] = frozenset()) -> dict[str, float]:
     if not isinstance(values, dict):
-        raise RefusedError(f"{what}s are {type(values).__name__}, expected a dict of numbers")
+        raise RefusedError(f"{kind}s are {type(values).__name__}, expected a dict of numbers")
     try:
-        check_names(what, [name for name in values if name not in allowed])
+        check_names(kind, [name for name in values if name not in allowed])
     except ValueError as error:
         raise RefusedError(str(error)) from error
-    return {name: _number(f"{what} {name}", value) for name, value in values.items()}
+    return {name: _number(f"{kind} {name}", value) for name, value in values.items()}
 
 
-def _number(what: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise RefusedError(f"{what} is {type(value).__name__}, expected a number") from error
+        raise RefusedError(f"{name} is {type(value).__name__}, expected a number") from error

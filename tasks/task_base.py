@@ -68,6 +68,7 @@ class Task:
     repetition_weight: float = 0.0  # 0: off. The part is minus the share of repeated phrases in the thought
     arithmetic_weight: float = 0.0  # 0: off. The part is -1 for a thought that contains a false sum
     prompt_style: str = "full"  # "full": system message and instructions; "short": the bare question, for tiny models
+    _judged: ClassVar[tuple[Problem, str, Reward] | None] = None  # by `judge`, for `diagnostics`
     data_summary: str = field(default="", init=False, repr=False)  # one line: which files or rows are which split
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class Task:
         return float(self.is_correct(problem, answer))
 
     def reward(self, problem: Problem, response: str) -> Reward:
-        """Sum of weight * part. Parts: format and answer in [0, 1]; language, repetition and arithmetic if weighted.
+        """Sum of weight * part. Parts: format and answer in [0, 1], and the other ones that have a weight.
 
         `response` is the text after the prompt. A reward does not see token counts: the trainer applies the overlong
         penalty (shaping.py).
@@ -129,17 +130,36 @@ class Task:
         text = whole_text(problem, response)
         answer = answer_block(text)
         parts = {"format": format_reward(text), "answer": 0.0 if answer is None else self.score(problem, answer)}
-        weights = {"format": self.format_weight, "answer": self.answer_weight}
         if self.language_weight:
             parts["language"] = language_consistency(think_block(text), self.language)
-            weights["language"] = self.language_weight
         if self.repetition_weight:
             parts["repetition"] = repetition_penalty(think_block(text))
-            weights["repetition"] = self.repetition_weight
         if self.arithmetic_weight:
             parts["arithmetic"] = arithmetic_penalty(think_block(text))
-            weights["arithmetic"] = self.arithmetic_weight
+        weights = self.part_weights()
         return Reward(sum(weights[name] * part for name, part in parts.items()), parts)
+
+    def part_weights(self) -> dict[str, float]:
+        """Weight of each reward part in the total, by name. GDPO takes 1 for a part that has none here."""
+        return {
+            "format": self.format_weight,
+            "answer": self.answer_weight,
+            "language": self.language_weight,
+            "repetition": self.repetition_weight,
+            "arithmetic": self.arithmetic_weight,
+        }
+
+    def judge(self, problem: Problem, response: str) -> tuple[Reward, dict[str, float]]:
+        """Reward and diagnostics of a response. The reward is called once, although the default diagnostics need it."""
+        reward = self.reward(problem, response)
+        self._judged = problem, response, reward  # type: ignore[misc]
+        return reward, self.diagnostics(problem, response)
+
+    def judge_turns(self, problem: Problem, turns: Sequence[Turn]) -> tuple[Reward, dict[str, float]]:
+        """Reward and diagnostics of a response with a tool."""
+        reward, response = self.reward_turns(problem, turns), "".join(turn.text for turn in turns)
+        self._judged = problem, response, reward  # type: ignore[misc]
+        return reward, self.diagnostics(problem, response)
 
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         """Numbers of a response that are logged as means, but not rewarded.
@@ -148,7 +168,9 @@ class Task:
         has partial credit (only if the reward has this part). sums: equalities in the thought. false_sums: the wrong
         share of them, 0.0 without equalities. A policy whose thought is not rewarded can learn to write false sums.
         """
-        parts = self.reward(problem, response).parts
+        judged = self._judged
+        known = judged is not None and judged[0] is problem and judged[1] == response
+        parts = judged[2].parts if judged is not None and known else self.reward(problem, response).parts
         wrong, total = false_sums(think_block(whole_text(problem, response)))
         found = {"solved": float(parts.get("answer", 0.0) == 1.0)}
         if "format" in parts:

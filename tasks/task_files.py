@@ -25,6 +25,11 @@ T = TypeVar("T")
 Row = dict[str, Any]
 MAX_DEFAULT_TEST = 128  # held-out rows if the caller does not say: a tenth, at most so many
 SUFFIXES = (".parquet", ".jsonl", ".json")
+USUAL_COLUMNS = {  # of the tasks that read files
+    frozenset(["question", "answer"]): "jsonl",
+    frozenset(["problem", "solution"]): "math",
+    frozenset(["nums", "target"]): "countdown",
+}
 TEST_WORDS = frozenset(["test", "tests", "testing", "testset", "heldout", "holdout"])
 OTHER_HELD_OUT_WORDS = frozenset(["validation", "valid", "val", "eval", "evals", "evaluation", "dev", "devset"])
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # gsm8kTest has the words gsm, k and Test
@@ -250,29 +255,31 @@ def _read_jsonl(file: Path, columns: tuple[str, ...], optional: tuple[str, ...])
         raise ValueError(f"{file}: not UTF-8 text ({first_line(error)})") from error
 
 
-def _json_row(where: str, line: str, columns: tuple[str, ...], optional: tuple[str, ...]) -> Row:
+def _json_row(place: str, line: str, columns: tuple[str, ...], optional: tuple[str, ...]) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({first_line(error)}); expected one object a line") from error
+        raise ValueError(f"{place}: not JSON ({first_line(error)}); expected one object a line") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {type(row).__name__}, expected an object with the keys {', '.join(columns)}")
-    _check_columns(where, list(row), columns)
+        raise ValueError(f"{place}: found {type(row).__name__}, expected an object with the keys {', '.join(columns)}")
+    _check_columns(place, list(row), columns)
     return {key: row[key] for key in (*columns, *optional) if key in row}
 
 
-def _check_columns(where: str | Path, found: list[str], columns: tuple[str, ...]) -> None:
+def _check_columns(place: str | Path, found: list[str], columns: tuple[str, ...]) -> None:
     missing = [column for column in columns if column not in found]
     if missing:
         shown = ", ".join(found[:10]) or "none"
+        task = next((task for names, task in USUAL_COLUMNS.items() if names <= set(found)), None)
+        hint = f"; did you mean --task {task}?" if task else ""
         raise ValueError(
-            f"{where}: no column {', '.join(missing)}; found {shown}; expected {', '.join(columns)}, or your own names "
-            "in --question-column and --answer-column"
+            f"{place}: no column {', '.join(missing)}; found {shown}; expected {', '.join(columns)}, or your own names "
+            f"in --question-column and --answer-column{hint}"
         )
 
 
 def hold_out_last(rows: list[T], n_test: int | None, source: str | Path) -> tuple[list[T], list[T]]:
-    """Split rows into (train, test): the last `n_test` are held out; None holds out a tenth, at most 128."""
+    """Split rows into (train, test): the last `n_test` are held out. None: a tenth, at most 128."""
     n_test = min(MAX_DEFAULT_TEST, len(rows) // 10) if n_test is None else n_test
     if not 0 <= n_test < len(rows):
         raise ValueError(

@@ -64,7 +64,7 @@ class Worker:
 
     `target` is "module:maker". The child calls maker(*arguments) once and gets the function for every call. Arguments
     of calls are pickled, values come back as JSON. `deadline_s` is for one call. `memory_gib` is the memory that the
-    child may allocate beyond what it has after its imports; `memory_limited` says whether the system can limit it.
+    child may allocate beyond its memory after its imports. `memory_limited` says whether the system can limit it.
     Raises ValueError if the child cannot make its function.
     """
 

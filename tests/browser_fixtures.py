@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages; they skip if there is none. Its pages are in browser_pages.py."""
+"""A headless Chromium for the tests of pages. They skip if there is none. Its pages are in browser_pages.py."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def message_of(error: pytest.ExceptionInfo) -> str:
 
 @pytest.fixture(autouse=True)
 def _signal_handlers():
-    """train.py takes Ctrl-C over; give it back."""
+    """train.py takes Ctrl-C over. Give it back."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():

@@ -1,4 +1,4 @@
-"""A CUDA device for the tests of a machine without a GPU: it computes on the CPU and refuses what CUDA refuses.
+"""A CUDA device for the tests of a machine without a GPU: it computes on the CPU and refuses as CUDA does.
 
     with EmulatedCuda(capability=(8, 0)) as gpu:
         model.to("cuda"); generate(model, ...); update_policy(...)
@@ -8,13 +8,13 @@ Its tensors report `cuda:0` and hold numbers, so whole rollouts and updates run,
 those of the CPU. Checked or imitated:
 
   * every operator whose tensors are on different devices raises, by CUDA's rules (0-dim host tensors and host indices
-    are allowed);
+    are allowed).
   * everything that waits for the device (item, tolist, nonzero, .cpu(), copies of memory that is not pinned) is counted
-    in `syncs` with its line;
+    in `syncs` with its line.
   * `torch.cuda.graph` records operators and replays them on the same memory. Synchronization, host copies and host
-    numbers raise `CaptureError` during a capture (emulated_streams.py);
-  * streams: accesses without a wait between them raise `Race`, and copies on side streams happen as late as possible;
-  * attention kernels follow the conditions of their CUDA sources (emulated_kernels.py);
+    numbers raise `CaptureError` during a capture (emulated_streams.py).
+  * streams: accesses without a wait between them raise `Race`, and copies on side streams happen as late as possible.
+  * attention kernels follow the conditions of their CUDA sources (emulated_kernels.py).
   * memory of the device and pinned memory are counted, and more than `memory` bytes raise torch.OutOfMemoryError.
 
 Not covered: rounding of the real kernels, races inside one stream, temporary memory inside one operator, and speed.
@@ -79,7 +79,7 @@ class EmulatedCuda(TorchDispatchMode):
     """The device.
 
     Args:
-        capability: compute capability; it decides which kernels exist.
+        capability: compute capability. It decides which kernels exist.
         memory: bytes of the device.
         check_races: False runs on where a wait is missing, with the numbers that the delayed copies leave.
 
@@ -189,7 +189,7 @@ class EmulatedCuda(TorchDispatchMode):
                 region.memory.check(who, where, region.span, writing)
 
     def block(self, inner: torch.Tensor) -> Memory:
-        """The block that a device tensor points into; a new one is counted."""
+        """The block that a device tensor points into. A new one is counted."""
         self.check_dtype(inner.dtype)
         storage = inner.untyped_storage()
         memory = self.blocks.get(storage._cdata)
@@ -317,7 +317,7 @@ class EmulatedCuda(TorchDispatchMode):
         return [Region.of(block, x) for block, x in found if block is not None]
 
     def _check_devices(self, name, args, kwargs, on_host):
-        """CUDA's rules for tensors of different devices; raises RuntimeError."""
+        """CUDA's rules for tensors of different devices. Raises RuntimeError."""
         in_backward = torch._C._current_graph_task_id() != -1
         odd = [x for x in on_host if x.dim() > 0 or name in ALL_ON_DEVICE]
         if in_backward and odd and not any(bool(x.any()) for x in odd):
@@ -397,7 +397,7 @@ def _written(func, args, kwargs) -> list[torch.Tensor]:
 
 
 def _torch_cuda(gpu: EmulatedCuda) -> dict[str, Any]:
-    """What stands in for the functions of torch.cuda."""
+    """Replacements for the functions of torch.cuda."""
     properties = types.SimpleNamespace(
         name="an emulated card", major=gpu.capability[0], minor=gpu.capability[1], total_memory=gpu.memory,
         multi_processor_count=80,

@@ -89,7 +89,7 @@ def scaled_dot_product_efficient(
 
 
 def _check_lengths(kernel: str, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
-    """Conditions on cumulative lengths; q and k are [tokens, H, K]."""
+    """Conditions on cumulative lengths. Q and k are [tokens, H, K]."""
     for cu, x, longest in ((cu_q, q, max_q), (cu_k, k, max_k)):
         require(cu.dtype == torch.int32, kernel, f"cumulative lengths are {cu.dtype}, expected int32")
         require(cu.dim() == 1 and cu.is_contiguous(), kernel, "cumulative lengths are no contiguous vector")
@@ -105,7 +105,7 @@ def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    """[T, H, K] and [S, H, K] -> [H, T, S]; causal masks are aligned at the bottom right."""
+    """[T, H, K] and [S, H, K] -> [H, T, S]. Causal masks are aligned at the bottom right."""
     scores = q.float().transpose(0, 1) @ k.float().permute(1, 2, 0) * scale
     seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
     return scores.masked_fill(~seen, -torch.inf) if causal else scores

@@ -3,7 +3,7 @@
 The host and every stream are a `Timeline`. A timeline knows which events of the others lie in its past: an event that
 was waited for, and everything that the timeline of that event knew (a vector clock, Mattern 1989). Two accesses to one
 block of memory, at least one of them a write, must be ordered in this way. If they are not, `check` raises `Race`:
-a wait is missing, whatever the numbers say today.
+a wait is missing, even if the numbers are right today.
 
 Copies on a side stream are also carried out late: when an event is waited for, when the stream computes, or never. So
 with `check_races=False` a missing wait shows up as wrong numbers.
@@ -34,7 +34,7 @@ class CaptureError(RuntimeError):
 
 
 class Timeline:
-    """The host or a stream: its own events in order, and what it knows of the others."""
+    """The host or a stream: its own events in order, and its knowledge of the others."""
 
     def __init__(self, name: str):
         self.name, self.known = name, {}
@@ -132,7 +132,7 @@ class Region(NamedTuple):
 
 
 class Stream(Timeline):
-    """A CUDA stream. The default stream works at once; copies on the others wait in `queue`."""
+    """A CUDA stream. The default stream works at once. Copies on the others wait in `queue`."""
 
     def __init__(self, device: Any = None, priority: int = 0, *, name: str | None = None):
         super().__init__(name or f"stream {len(active().streams)}")
@@ -216,7 +216,7 @@ class Graph:
         self.outside[key] = (weakref.ref(region.memory), written or writes, first)
 
     def keep_numbers(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Remember what stands in memory that an operation is about to change."""
+        """Remember memory that an operation is about to change."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self.before:
@@ -295,7 +295,7 @@ def use_stream(stream: Stream | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
-    """Run operators on host tensors; the device sees none of them."""
+    """Run operators on host tensors. The device sees none of them."""
     with torch.utils._python_dispatch._disable_current_modes():
         yield
 

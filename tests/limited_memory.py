@@ -1,8 +1,8 @@
 """`train.py` in a process whose address space is bounded from its second step on: run by test_out_of_memory.py.
 
-    python tests/limited_memory.py MIB FLAGS...     # MiB beyond what it had before the step; 0: no bound
+    python tests/limited_memory.py MIB FLAGS...     # MiB beyond those before the step; 0: no bound
 
-How much address space torch takes differs from machine to machine, so the limit is counted from what is in use.
+How much address space torch takes differs from machine to machine, so the limit is counted from the memory in use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def address_space() -> int:
 
 
 def bounded(step, mib: int):
-    """GRPO.step under the limit, except for the first, which loads and warms up what steps need."""
+    """GRPO.step under the limit, except for the first, which loads and warms up."""
 
     def bounded_step(trainer, *args):
         before = resource.getrlimit(resource.RLIMIT_AS)

@@ -25,7 +25,7 @@ SECONDS = 120  # until a test is given up
 
 
 def run_ranks(n: int, work: Callable, *args: Any, timeout_s: float = 60.0, device: str = "cpu") -> list[Any]:
-    """What `work(*args)` returns in each of `n` processes; an exception is returned, and a process that died is None.
+    """Results of `work(*args)` in each of `n` processes. An exception is returned, and a process that died is None.
 
     `work` is a function of a module, `timeout_s` how long its ranks wait for one another.
     """

@@ -1,4 +1,4 @@
-"""The benchmarks run on a tiny random model, and say where they ran; their numbers are nobody's business here."""
+"""The benchmarks run on a tiny random model, and say where they ran. Their numbers are nobody's business here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chatting is `generate`, a token at a time; the conversation survives interruptions and bad input."""
+"""Chatting is `generate`, a token at a time. The conversation survives interruptions and bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records: what a prompt becomes, and what an episode is before it is scored."""
+"""The records: prompts as batches, and episodes before they are scored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_only_the_limit_truncates():
 
 
 def test_an_episode_that_nobody_scored_has_no_reward_rather_than_a_bad_one():
-    """CHECKLIST 16: missing is NaN, which advantages leave out; a 0 would lower the group's mean."""
+    """CHECKLIST 16: missing is NaN, which advantages leave out. A 0 would lower the group's mean."""
     fresh = episode()
     assert math.isnan(fresh.reward)
     assert fresh.advantage == 0.0

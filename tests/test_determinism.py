@@ -1,4 +1,4 @@
-"""The same cut of a step gives the same bits; another cut the same gradient, within a stated tolerance."""
+"""The same cut of a step gives the same bits. Another cut the same gradient, within a stated tolerance."""
 
 from __future__ import annotations
 

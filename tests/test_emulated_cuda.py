@@ -1,4 +1,4 @@
-"""The emulated CUDA device computes as the CPU does, and refuses or counts what a GPU refuses or waits for."""
+"""The emulated CUDA device computes as the CPU does, and refuses or counts as a GPU refuses or waits."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_results_inside_a_shared_pool_are_overwritten_by_the_next_graph(gpu):
 
 
 def transfer(gpu, leave_out: str = "") -> list[float]:
-    """Copy 5 to the host and back on a side stream, with three waits; each may be left out."""
+    """Copy 5 to the host and back on a side stream, with three waits. Each may be left out."""
     x, y = torch.zeros(2, device="cuda"), torch.zeros(2, device="cuda")
     pinned, side = torch.full((2,), -1.0, pin_memory=True), torch.cuda.Stream()
     x.fill_(5)
@@ -279,7 +279,7 @@ def test_a_pinned_buffer_must_not_be_written_while_it_is_copied(gpu):
 
 
 def test_parts_of_one_buffer_do_not_wait_for_each_other(gpu):
-    """A flat buffer in which one part is computed while another is copied has no race; the same part has."""
+    """A flat buffer in which one part is computed while another is copied has no race. The same part has."""
     x, pinned, side = torch.ones(4, device="cuda"), torch.zeros(8, pin_memory=True), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,19 +1,23 @@
-"""What explain.py says is what the model does; and the page's JavaScript is the same model."""
+"""The numbers of explain.py are those of the model, and the page's JavaScript is the same model."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from test_activations import make_model
+from conftest import make_config, make_model
 
 import explain
+from math_task import CountdownTask
 from model.attention import KVCache, PrefillAttention
+from rollout.generation import generate
 from rollout.sampling import SamplingParams
-from run.pretrained import load_pretrained
+from run.pretrained import load_pretrained, locate_pretrained
 from study import anatomy
+from study.live import countdown_form, telling_problem, why_not_live
 
 pytest_plugins = ["explain_fixtures"]
 
@@ -28,7 +32,7 @@ pytest_plugins = ["explain_fixtures"]
      {"model_type": "llama", "attention_bias": False}, {"model_type": "llama", "attention_bias": True}],
 )  # fmt: skip
 def test_the_parts_hold_every_parameter_once(changes):
-    model = make_model(**changes)
+    model = make_model(make_config(**changes))
     rows = anatomy.parts(model.config, 7, element_size=4)
     assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
     assert all(row["bytes"] == 4 * row["parameters"] for row in rows)
@@ -99,12 +103,17 @@ def test_norms_are_root_mean_squares_of_what_enters(tiny):
     rms = seen[0].pow(2).mean(-1).sqrt()
     assert found["mean"] == pytest.approx(float(rms.mean()), rel=1e-3)
     assert found["last"] == pytest.approx(float(rms[-1]), rel=1e-3)
+    assert found["by_token"] == pytest.approx(rms.tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"model_type": "qwen3", "qk_norm": True, "attention_bias": False}])
 def test_rope_turns_before_into_after_by_the_angle(changes):
-    model = make_model(**changes)
+    model = make_model(make_config(**changes))
     for r in anatomy.rope(model, anatomy.record(model, range(9)), 1, [0, 3]):
+        assert len(r["before_by_token"]) == len(r["after_by_token"]) == 9
+        for position, (before, after) in enumerate(zip(r["before_by_token"], r["after_by_token"])):
+            turned = complex(*before) * complex(math.cos(angle := position * r["frequency"]), math.sin(angle))
+            assert after == pytest.approx([turned.real, turned.imag], abs=2e-2)
         (a, b), cos, sin = r["before"], math.cos(r["angle"]), math.sin(r["angle"])
         assert r["after"] == pytest.approx([a * cos - b * sin, b * cos + a * sin], abs=2e-2)
         assert r["angle"] == pytest.approx(r["position"] * 2 * math.pi / r["turn"], rel=1e-3)
@@ -164,7 +173,8 @@ def test_different_models_are_not_compared(tiny):
     [(["--layers", "9"], "the model has layers 0 to 3"), (["--ckpt", "no/such"], "no/such"),
      (["--raw", "--prompt", ""], "the prompt is empty"), (["--layrs", "1"], "the nearest known one is --layers"),
      (["--heads", "one"], "--heads"), (["--prompt"], "--prompt"), (["--after", "no/such"], "no/such"),
-     (["--out", "no/folder/x.html"], "no folder no/folder")],
+     (["--out", "no/folder/x.html"], "no folder no/folder"), (["--prompt", "What is 3 + 5?"], "never seen 'W' 'h' 'a'"),
+     (["--prompt", "[3, 5, 2] = 1\u0663"], "never seen '\\u0663'"), (["--prompt", "<|im_end|>"], "--raw")],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys):
     assert explain.main(["--out", str(tmp_path / "x.html"), *argv]) == 2
@@ -199,11 +209,53 @@ def test_text_only_writes_no_page(tmp_path, capsys, monkeypatch):
 def test_the_bundled_model_reads_the_prompt_it_was_trained_on_wherever_it_lies(tiny, trained):
     """By name or by folder, a Countdown problem or one's own: the short form, and the thought is opened."""
     for ckpt in ("countdown-tiny", str(trained)):
-        own = explain.prompt_pieces(explain.Options(ckpt=ckpt, prompt="[3, 5, 2] = 13"), tiny[1], small=True)
-        assert own == explain.prompt_pieces(explain.Options(ckpt=ckpt), tiny[1], small=True)
-        task = explain.CountdownTask(prompt_style="short")
+        own = explain.prompt_pieces(explain.Options(ckpt=ckpt, prompt="[3, 5, 2] = 13"), tiny[1], [tiny[0]])
+        given = explain.prompt_pieces(explain.Options(ckpt=ckpt), tiny[1], [tiny[0]])
+        assert (own[0], own[2]) == (given[0], given[2])
+        task = CountdownTask(prompt_style="short")
         problem = task.problem([3, 5, 2], 13)
         assert "".join(own) == tiny[1].render_chat(problem.messages) + problem.response_prefix
+
+
+def answer_of(model, tokenizer, problem):
+    """The greedy response's text, and whether its answer is right."""
+    prompt = tokenizer.render_chat(problem.messages) + problem.response_prefix
+    greedy = SamplingParams(n=1, max_new_tokens=96, temperature=0.0)
+    text = generate(model, [prompt], greedy, tokenizer=tokenizer)[0].text
+    return text, CountdownTask(prompt_style="short").reward(problem, text).parts["answer"] == 1.0
+
+
+def test_the_problem_to_open_with_is_solved(tiny):
+    """A page opens with a finished response that shows something: sums, and a right answer."""
+    text, right = answer_of(*tiny, telling_problem([tiny[0]], tiny[1]))
+    assert right
+    assert text.count("=") >= 2
+
+
+def test_the_problem_to_open_a_comparison_with_is_solved_after_training_only(tiny, trained):
+    """With the bundled model as the trained one: a problem that the other checkpoint does not solve."""
+    other, tokenizer = load_pretrained(trained, torch.float32)
+    problem = telling_problem([other, tiny[0]], tokenizer)
+    assert not answer_of(other, tokenizer, problem)[1]
+    assert answer_of(*tiny, problem)[1]
+
+
+def test_only_the_bundled_models_tokenizer_says_which_problems_it_knows(tiny):
+    description = json.loads((locate_pretrained("countdown-tiny") / "tokenizer.json").read_text())
+    trained = countdown_form(description)
+    question = telling_problem([tiny[0]], tiny[1]).messages[-1]["content"]
+    assert set(question) <= set(trained["alphabet"])
+    vocab = dict(list(description["model"]["vocab"].items())[:-1])
+    assert countdown_form({**description, "model": {**description["model"], "vocab": vocab}}) is None
+
+
+def test_a_page_that_cannot_run_its_model_says_why(static_page, capsys):
+    """A checkpoint with another tokenizer or with too many parameters has a static page."""
+    page = static_page.read_text()
+    assert "This page is static: the model&#39;s tokenizer is of another kind" in page
+    assert "Watch it think" not in page
+    assert "at most 5,000,000" in why_not_live(5_000_001, {"model": {}})
+    assert why_not_live(1, json.loads((locate_pretrained("countdown-tiny") / "tokenizer.json").read_text())) is None
 
 
 def test_a_text_cannot_become_markup(tmp_path):
@@ -214,3 +266,12 @@ def test_a_text_cannot_become_markup(tmp_path):
     assert "<img" not in page
     start = page.index('type="application/json">') + len('type="application/json">')
     assert json.loads(page[start : page.index("</script>", start)])["live"]["question"] == evil
+
+
+def test_a_run_stands_for_its_last_checkpoint(tmp_path, trained):
+    folder = tmp_path / "run" / "checkpoints" / "step-000007"
+    shutil.copytree(trained, folder)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder.parent / "latest").write_text("step-000007\n")
+    assert explain.locate_after(str(tmp_path / "run")) == folder
+    assert explain.locate_after(str(trained)) == trained

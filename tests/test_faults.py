@@ -25,7 +25,7 @@ from run.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 
 @contextlib.contextmanager
 def full_disk(run_dir: Path):
-    """Real: no file may grow beyond what metrics.jsonl has now."""
+    """Real: no file may grow beyond the present size of metrics.jsonl."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((run_dir / "metrics.jsonl").stat().st_size + 10, limits[1]))
     yield
@@ -34,7 +34,7 @@ def full_disk(run_dir: Path):
 
 @contextlib.contextmanager
 def read_only_folder(run_dir: Path):
-    """For root, who may write anywhere, this is somebody else's folder for a while."""
+    """Root may write anywhere. For root this is somebody else's folder for a while."""
     root = os.geteuid() == 0
     for folder in (run_dir, run_dir / "checkpoints"):
         folder.chmod(0o555)
@@ -96,7 +96,7 @@ def test_a_disk_that_fails_for_two_steps_costs_their_files_and_nothing_else(
 def test_where_the_last_checkpoint_is_on_no_disk_the_exit_code_says_so(
     checkpoint_folder, tmp_path, monkeypatch, capsys
 ):
-    """CHECKLIST 43: not 0, for whoever started the run in a script would delete what it came from."""
+    """CHECKLIST 43: not 0, because a script that started the run would delete its inputs."""
     monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
 
     def full(*args, **options):
@@ -230,7 +230,7 @@ def test_refused_steps_do_not_push_a_sound_checkpoint_out(checkpoint_folder, tmp
 
 
 def test_a_run_ended_before_its_first_checkpoint_begins_again(checkpoint_folder, tmp_path, monkeypatch, capsys):
-    """CHECKLIST 42: --resume is the command that goes on, whenever the kill came; not where checkpoints were lost."""
+    """CHECKLIST 42: --resume is the command that goes on, whenever the kill came. Not where checkpoints were lost."""
     monkeypatch.setattr(train, "task_from_config", lambda config: EvenLetters(seed=config.seed))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run_dir in (whole, cut):
@@ -280,7 +280,7 @@ class Mine(Task):
 
 
 def test_a_run_on_a_reward_that_often_fails_goes_on_and_counts(checkpoint_folder, tmp_path):
-    """CHECKLIST 16: part of each group has no reward; the others are trained on, and the share is in the metrics."""
+    """CHECKLIST 16: part of each group has no reward. The others are trained on, and the share is in the metrics."""
     (tmp_path / "mine.py").write_text(USER)
     words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 2, *SMALL, "--group-size", 6]
     with pytest.warns(RuntimeWarning, match="counted as NaN, the run goes on"):

@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: its kernels, graphs, streams and allocator against the CPU's twin of each.
+"""Properties that only a CUDA device can show: its kernels, graphs, streams and allocator against the CPU's twin of
+each.
 
 python -m pytest -m gpu
 """
@@ -81,7 +82,7 @@ def test_weights_that_change_between_rollouts_are_seen_by_graphs(tokenizer):
 
 
 def test_a_rollout_gives_its_memory_back(tokenizer):
-    """Graphs, their pool and the cache: what is allocated after three rollouts is what was after one."""
+    """Graphs, their pool and the cache: memory after three rollouts equals memory after one."""
     model, held = make_model().to(DEVICE), []
     for _ in range(3):
         generate(model, PROMPTS, SamplingParams(n=8, max_new_tokens=100), tokenizer=tokenizer)

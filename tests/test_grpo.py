@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import random
+import statistics
 from contextlib import nullcontext
 
 import pytest
@@ -185,7 +186,7 @@ def test_a_tokens_score_comes_from_the_logits_before_it(tiny_model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_log_probabilities_are_the_trainers(tiny_model, tokenizer, temperature):
-    """CHECKLIST 2, 3: ragged prompts, fp32 within 1e-4, and the difference is a metric; the temperature divides on
+    """CHECKLIST 2, 3: ragged prompts, fp32 within 1e-4, and the difference is a metric. The temperature divides on
     both sides."""
     episodes = sampled(tiny_model, tokenizer, temperature=temperature)
     assert len({len(e.prompt_ids) for e in episodes}) > 1
@@ -293,7 +294,7 @@ def test_groups_go_by_id_in_any_order_and_identical_prompts_do_not_merge():
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("reward", [0.1, 0.0, 1 / 3, 1e6 + 0.1])
 def test_equal_rewards_have_advantage_exactly_zero(estimator, scale, reward):
-    """CHECKLIST 14, 25: twelve times 0.1 has a mean that is not 0.1 in floating point; beside a group that differs."""
+    """CHECKLIST 14, 25: twelve times 0.1 has a mean that is not 0.1 in floating point. Beside a group that differs."""
     values = advantages([reward] * 12 + [0.0, 1.0], [0] * 12 + [1, 1], estimator=estimator, scale=scale)
     assert values[:12] == [0.0] * 12
     assert values[12] < 0 < values[13]
@@ -360,7 +361,7 @@ def test_an_unknown_way_to_compute_advantages_is_refused(wrong):
 @pytest.mark.parametrize("estimator", ["group_mean", "rloo", "reinforce_pp"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_missing_reward_leaves_the_others_alone(estimator, scale):
-    """CHECKLIST 16: advantage 0 for it; a group of nothing but missing rewards has nothing to say."""
+    """CHECKLIST 16: advantage 0 for it. A group of nothing but missing rewards has nothing to say."""
     options = {"estimator": estimator, "scale": scale}
     whole = advantages([0.0, 1.0, 0.5, 2.0, 3.0], [0, 0, 0, 1, 1], **options)
     holes = advantages([math.nan, 0.0, 1.0, math.nan, 0.5, 2.0, 3.0, math.nan], [0, 0, 0, 0, 0, 1, 1, 2], **options)
@@ -374,7 +375,7 @@ def test_a_missing_reward_is_no_part_of_the_reported_mean():
     episodes = [dataclasses.replace(e, problem=EvenLetters().train_problem(0)) for e in episodes]
     metrics = grpo.reward_metrics(episodes, EvenLetters())
     assert metrics["reward"] == pytest.approx(0.5)
-    assert metrics["reward_std"] == pytest.approx(0.25)
+    assert metrics["reward_std"] == pytest.approx(statistics.stdev([0.0, 1.0, 0.5, 0.5]))
     assert metrics["frac_reward_zero_std"] == 0.5
 
 
@@ -413,7 +414,7 @@ LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"]
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_gradient_is_the_same_for_every_split_and_order(tiny_model, loss_type):
-    """CHECKLIST 17, 24: micro-batches of one answer, of parts of groups, of all; shuffled; and so is every metric."""
+    """CHECKLIST 17, 24: micro-batches of one answer, of parts of groups, of all. Shuffled, and so is every metric."""
     reference = make_model(seed=1)
     episodes = near(tiny_model, make_episodes(n=6))
     options = {"loss_type": loss_type, "beta": 0.05, "entropy_coef": 0.02, "reference": reference}
@@ -574,8 +575,8 @@ def test_beta_without_a_reference_is_refused(tiny_model):
 
 @pytest.mark.parametrize("broken", ["advantage", "log-probability", "gradient", "loss", "weight"])
 def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, monkeypatch, broken):
-    """CHECKLIST 44: weights and moments stay as they were, the warning says what was not finite, and the next good
-    step goes through."""
+    """CHECKLIST 44: weights and moments stay as they were, the warning names the number that was not finite, and the
+    next good step goes through."""
     optimizer = MemoryEfficientAdamW(tiny_model.parameters(), lr=0.01)
     good = near(tiny_model, make_episodes())
     update_policy(tiny_model, optimizer, good)
@@ -617,7 +618,7 @@ def test_a_step_that_is_not_finite_is_refused(tiny_model, caplog, monkeypatch, b
 
 
 def test_a_hundred_small_steps_move_a_bf16_model():
-    """CHECKLIST 29: lr 1e-6; without fp32 masters hardly any weight would change."""
+    """CHECKLIST 29: lr 1e-6. Without fp32 masters hardly any weight would change."""
     model = make_model().bfloat16()
     before = weights_of(model)
     episodes = near(model, make_episodes(groups=1))
@@ -701,6 +702,7 @@ def test_a_round_trip_through_the_state_changes_nothing(tokenizer, changes):
     second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     second.step_count = first.step_count
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     again = take_steps(second, 4, 5)
     for old, new in zip(told[3:], again):
         assert {k: v for k, v in old.items() if k not in TIMING} == {k: v for k, v in new.items() if k not in TIMING}
@@ -774,3 +776,62 @@ def test_the_class_without_arguments_is_the_bundled_model_with_its_preset():
     assert trainer.model.dtype == torch.float32
     assert trainer.reference is None
     assert math.isfinite(trainer.train_step("What is 12 + 7 * 3?", "33"))
+
+
+# --- metrics with the meaning that they have in TRL
+
+
+def trl_deviation(values) -> float:
+    """`trl.trainer.utils.nanstd` of TRL 1.16: the metrics `reward_std` and `rewards/<part>/std`."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    return utils.nanstd(torch.tensor(values, dtype=torch.float64)).item()
+
+
+def test_deviations_of_rewards_are_those_of_trl():
+    """CHECKLIST 67: over all episodes, divisor n - 1, missing rewards left out."""
+    rewards = [0.0, 1.0, math.nan, 0.5, 0.7, 2.0]
+    episodes = [
+        dataclasses.replace(e, problem=EvenLetters().train_problem(0), reward_parts={"answer": e.reward})
+        for e in with_rewards(rewards, [0, 0, 0, 1, 1, 1])
+    ]
+    metrics = grpo.reward_metrics(episodes, EvenLetters())
+    assert metrics["reward_std"] == pytest.approx(trl_deviation(rewards))
+    assert metrics["rewards/answer/std"] == pytest.approx(trl_deviation(rewards))
+    assert grpo.reward_metrics(episodes[:1], EvenLetters())["reward_std"] == 0.0
+    episodes[0] = dataclasses.replace(episodes[0], reward=math.inf)
+    assert grpo.reward_metrics(episodes, EvenLetters())["reward_std"] == pytest.approx(trl_deviation(rewards[1:]))
+
+
+def test_the_number_of_tokens_adds_up_and_goes_on_after_a_resume(tiny_model, tokenizer):
+    """CHECKLIST 67: prompt and response of every episode, since the start of the run."""
+    trainer = make_trainer(tiny_model, tokenizer)
+    counted = 0
+    for step in (1, 2):
+        batch = MiniBatch.from_problems(trainer.task.problems("train", 3, start=3 * step), tokenizer)
+        episodes, metrics = trainer.step(batch)
+        counted += sum(len(e.prompt_ids) + len(e.response_ids) for e in episodes)
+        assert metrics["num_tokens"] == counted
+    resumed = make_trainer(make_model(), tokenizer)
+    resumed.load_state_dict(trainer.state_dict())
+    _, metrics = resumed.step(batch)
+    assert metrics["num_tokens"] > counted
+    older = {name: value for name, value in trainer.state_dict().items() if name != "num_tokens"}
+    resumed.load_state_dict(older)
+    assert resumed.num_tokens == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_entropy_bonus_is_the_mean_token_entropy_for_every_loss(tiny_model, loss_type):
+    """CHECKLIST 67: the bonus lowers the loss by coefficient * entropy metric, and has the same gradient for all."""
+    episodes = [dataclasses.replace(e, advantage=0.0) for e in near(tiny_model, make_episodes(n=3))]
+    options = {"entropy_coef": 0.5, "max_new_tokens": 50}
+    gradients, metrics = gradients_of(tiny_model, episodes, loss_type=loss_type, **options)
+    assert metrics["loss"] - metrics["policy_loss"] == pytest.approx(-0.5 * metrics["entropy"], rel=1e-5)
+    assert_same(gradients, gradients_of(tiny_model, episodes, loss_type="dapo", **options)[0])
+
+
+def test_the_entropy_bonus_leaves_masked_responses_out(tiny_model):
+    episodes = near(tiny_model, make_episodes(n=3))
+    episodes[0] = dataclasses.replace(episodes[0], finish_reason="length")
+    _, metrics = gradients_of(tiny_model, episodes, loss_type="grpo", mask_truncated=True, entropy_coef=0.5)
+    assert metrics["loss"] - metrics["policy_loss"] == pytest.approx(-0.5 * metrics["entropy"], rel=1e-5)

@@ -218,7 +218,7 @@ def test_an_index_that_lies_is_told_by_the_program(whole, tmp_path, capsys, inde
 
 
 def test_links_into_a_cache_are_followed_and_dangling_ones_are_told(whole, tmp_path, capsys):
-    """The Hub's cache is made of links; what they point to may have been deleted. A pipe is no file: nothing waits."""
+    """The Hub's cache is made of links. What they point to may have been deleted. A pipe is no file: nothing waits."""
     with copy_of(whole) as folder:
         assert Qwen2ForCausalLM.from_pretrained(folder).config.vocab_size == 275
         for name in ("model.safetensors", "tokenizer.json", "config.json"):

@@ -92,7 +92,7 @@ def test_names_come_from_the_module_that_defines_them(name):
 
 @pytest.mark.slow
 def test_an_installed_copy_works_from_any_folder(tmp_path):
-    """pip install -e . in a fresh environment; then GRPO() finds the bundled model and the presets."""
+    """pip install -e . in a fresh environment. Then GRPO() finds the bundled model and the presets."""
     venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
     bin_folder = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     site = subprocess.run(

@@ -1,4 +1,4 @@
-"""A run with adapters: what its checkpoints hold, and that it resumes bit for bit."""
+"""A run with adapters: the contents of its checkpoints, and that it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(ckpt, run_dir, *flags: str) -> None:
 
 
 def metrics_of(run_dir) -> list[dict]:
-    """Without what a clock says."""
+    """Without times."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timed = ("time", "tokens_per_second", "memory")
     return [{name: value for name, value in row.items() if not any(t in name for t in timed)} for row in rows]
@@ -53,7 +53,8 @@ def test_a_run_with_adapters_resumes_bit_for_bit(checkpoint_folder, tmp_path):
 
 
 def test_a_checkpoint_with_adapters_opens_everywhere(checkpoint_folder, tmp_path):
-    """Merged weights for whoever opens the folder; the adapters beside them for PEFT, on the untouched base."""
+    """Merged weights for every program that opens the folder. The adapters beside them for PEFT, on the untouched
+    base."""
     run(checkpoint_folder, tmp_path / "run", "--steps", "2", "--dtype", "fp32")
     folder = tmp_path / "run/checkpoints/step-000002"
     verify_checkpoint(folder)

@@ -82,7 +82,7 @@ def test_format_reward(text, expected):
 
 
 def test_prefilled_think_tag_is_counted_once():
-    """The response prefix ends with <think>; a response that opens it again is no worse."""
+    """The response prefix ends with <think>. A response that opens it again is no worse."""
     assert TASK.reward(PROBLEM, respond("1")).parts["format"] == 1.0
     assert TASK.reward(PROBLEM, "<think>" + respond("1")).parts["format"] == 1.0
     without_prefix = dataclasses.replace(PROBLEM, response_prefix="")
@@ -265,7 +265,7 @@ def test_values_equal_those_of_python(text):
 @settings(max_examples=500, deadline=None)
 @given(st.one_of(st.text(alphabet="0123456789+-*/() .=_", max_size=40), st.text(max_size=60)))
 def test_any_text_is_a_value_or_a_refusal(text):
-    """CHECKLIST 39: never another exception; and what is accepted has the value that Python gives it."""
+    """CHECKLIST 39: never another exception, and what is accepted has the value that Python gives it."""
     try:
         value, _ = evaluate_expression(text)
     except ExpressionError:
@@ -283,7 +283,7 @@ def test_any_response_has_a_reward(response):
 
 
 def test_a_hundred_thousand_expressions():
-    """CHECKLIST 39: pieces of expressions in any order; no exception, and none takes 10 ms."""
+    """CHECKLIST 39: pieces of expressions in any order. No exception, and none takes 10 ms."""
     generator = random.Random(0)
     pieces = [
         *"0123456789+-*/()",
@@ -402,7 +402,7 @@ def key(problem) -> tuple:
 
 
 def test_splits_are_disjoint_whatever_the_seed():
-    """One small space, so that seeds meet the same problems again and again; order of the numbers does not matter."""
+    """One small space, so that seeds meet the same problems again and again. Order of the numbers does not matter."""
     tasks = [CountdownTask(numbers=(3,), max_number=9, seed=seed) for seed in range(4)]
     train = {key(problem) for task in tasks for problem in task.problems("train", 1500)}
     test = {key(problem) for task in tasks for problem in task.test_problems(300)}

@@ -142,7 +142,7 @@ def test_chat_says_what_it_says_on_the_cpu(device):
 
 
 def test_waits_of_a_step_do_not_grow_with_the_tokens(tmp_path):
-    """A rollout looks at its rows every 16 tokens; an update waits a fixed number of times for each micro-batch."""
+    """A rollout looks at its rows every 16 tokens. An update waits a fixed number of times for each micro-batch."""
     seen: list[Counter[str]] = []
     for tokens in ("17", "33"):
         with EmulatedCuda() as gpu:

@@ -1,4 +1,4 @@
-"""The benchmark beside OpenVINO GenAI, with a stand-in for it: what is asked of it, what is made of the times."""
+"""The benchmark beside OpenVINO GenAI, with a stand-in for it: its requests, and the use of the times."""
 
 from __future__ import annotations
 

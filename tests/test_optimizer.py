@@ -24,7 +24,7 @@ def make_parameters(dtype=torch.float32, seed=0) -> list[nn.Parameter]:
 
 
 def set_gradients(parameters: list[nn.Parameter], step: int, missing: bool = False) -> None:
-    """The same gradients for the same step; with `missing`, each parameter goes without one now and then."""
+    """The same gradients for the same step. With `missing`, each parameter goes without one now and then."""
     generator = torch.Generator().manual_seed(1000 + step)
     for i, p in enumerate(parameters):
         grad = torch.randn(p.shape, generator=generator) * 10 ** ((step + i) % 5 - 2)
@@ -392,7 +392,7 @@ def waits_left_out(method: str):
 
 
 def test_every_wait_of_the_ring_is_needed(small_slices):
-    """CHECKLIST 32. The step as it is has no race; with any of its waits left out the emulated device finds one."""
+    """CHECKLIST 32. The step as it is has no race. With any of its waits left out the emulated device finds one."""
     step_on_gpu()
     for method in ("begin", "wait", "finish"):
         with pytest.raises(emulated_streams.Race):

@@ -60,7 +60,7 @@ def random_ids(*shape: int, high: int = 101, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients_equal_transformers(name, tmp_path):
-    """CHECKLIST 26. All biases and norm weights are random; every parameter's gradient is compared as well."""
+    """CHECKLIST 26. All biases and norm weights are random. Every parameter's gradient is compared as well."""
     theirs = reference_model(name)
     theirs.save_pretrained(tmp_path)
     ours = Qwen2ForCausalLM.from_pretrained(tmp_path)
@@ -219,7 +219,7 @@ def test_padded_batch_equals_transformers(tmp_path):
 
 
 def test_a_real_token_with_the_id_of_padding_is_attended(tokenizer):
-    """CHECKLIST 7. Without a mask no id is special; the later logits depend on a pad id in the middle."""
+    """CHECKLIST 7. Without a mask no id is special. The later logits depend on a pad id in the middle."""
     model, pad = make_model(), tokenizer.pad_token_id
     ids = torch.tensor([[5, pad, 9]])
     alone = model(torch.tensor([[5, 9]]))
@@ -397,7 +397,7 @@ def test_fresh_weights_depend_on_the_seed_alone():
 
 
 def test_large_tensors_ask_for_huge_pages():
-    """Importing the model switches it on, before torch makes a large one; whoever set it keeps their choice."""
+    """Importing the model switches it on, before torch makes a large one. A value that the user set stays."""
     code = "import os, qwen2_llm; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     for theirs, expected in ((None, "1"), ("0", "0")):
         environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
@@ -408,7 +408,7 @@ def test_large_tensors_ask_for_huge_pages():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_memory_that_was_freed_between_pieces_in_use_goes_back_to_the_system():
-    """What glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
+    """Memory that glibc keeps on its own: 128 MiB in pieces of 64 KiB, every one between two that are still in use."""
     code = """
 from model import memory
 import torch

@@ -1,6 +1,6 @@
-"""Released checkpoints against transformers; opt-in: NANOGRPO_CHECKPOINTS=FOLDER pytest -m weights -s
+"""Released checkpoints against transformers. Opt-in: NANOGRPO_CHECKPOINTS=FOLDER pytest -m weights -s
 
-FOLDER holds checkpoint folders, such as Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct; every one is tested.
+FOLDER holds checkpoint folders, such as Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct. Every one is tested.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 def test_token_ids_equal_transformers(folder, tokenizer):
-    """CHECKLIST 12. PreTrainedTokenizerFast reads tokenizer.json as it is, whatever class the folder names."""
+    """CHECKLIST 12. PreTrainedTokenizerFast reads tokenizer.json as it is, for any class that the folder names."""
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     messages = [{"role": "user", "content": TEXTS[2]}]
     chat = tokenizer.render_chat(messages)

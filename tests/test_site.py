@@ -82,7 +82,7 @@ def test_every_page_reads_by_itself(site, browser, width, scheme):
 
 
 def test_search_works_from_the_file_system(site, browser):
-    """A word of one page is typed into the search box; the first result leads to that page, without a request."""
+    """A word of one page is typed into the search box. The first result leads to that page, without a request."""
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     page, asked = context.new_page(), []
     page.on("request", lambda request: asked.append(request.url))

@@ -113,7 +113,7 @@ def assert_same_gradients(found, expected) -> None:
 
 
 def test_advantages_are_those_of_the_textbook():
-    """Random rewards in groups of different sizes that are interleaved; one group has equal rewards."""
+    """Random rewards in groups of different sizes that are interleaved. One group has equal rewards."""
     rng = random.Random(0)
     for _ in range(20):
         groups = [g for g in range(5) for _ in range(rng.randint(1, 9))]
@@ -242,7 +242,7 @@ def test_the_gradient_of_other_denominators_is_built_from_the_textbook(model, lo
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.1])
 def test_the_weights_after_three_steps_are_those_of_the_textbook(model, max_grad_norm):
-    """AdamW with decay; with a small limit the gradient is scaled down. eps is large enough that the sign of a gradient
+    """AdamW with decay. With a small limit the gradient is scaled down. eps is large enough that the sign of a gradient
     that is nothing but rounding does not decide the step."""
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
     reference, episodes = exact(model), make_episodes(model)
@@ -267,7 +267,7 @@ def test_the_page_has_at_most_120_lines():
 
 
 def test_the_program_prints_a_reward(tmp_path):
-    """From another folder; one step of one problem with four responses."""
+    """From another folder. One step of one problem with four responses."""
     command = [sys.executable, textbook.__file__, "1", "1", "4"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
@@ -278,7 +278,7 @@ def test_the_program_prints_a_reward(tmp_path):
 
 
 def test_settings_are_those_of_the_default_run(monkeypatch):
-    """Those of the preset, except problems per step and the number of steps; and the defaults of Config."""
+    """Those of the preset, except problems per step and the number of steps, and the defaults of Config."""
     seen, config = {}, load_config(preset_for(Config.ckpt))
 
     def default(function, name):

@@ -1,4 +1,4 @@
-"""tokenizer.py: ids, chat templates, stop ids, saving, streaming; parity with transformers on tiny tokenizers."""
+"""tokenizer.py: ids, chat templates, stop ids, saving, streaming. Parity with transformers on tiny tokenizers."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def write_checkpoint(folder, template=CHATML, config=None, generation=None, adds_bos=False, **tokenizer_config):
-    """A checkpoint folder with a byte-level BPE tokenizer of 259 + some tokens and the ChatML tokens; no weights."""
+    """A checkpoint folder with a byte-level BPE tokenizer of 259 + some tokens and the ChatML tokens. No weights."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -88,7 +88,7 @@ def test_prompts_get_no_second_bos(tmp_path):
 
 
 def test_vocab_size_counts_ids_not_embedding_rows(tmp_path):
-    """CHECKLIST 6: an id that only the embedding has is beyond vocab_size; every id below may be produced."""
+    """CHECKLIST 6: an id that only the embedding has is beyond vocab_size. Every id below may be produced."""
     folder = write_checkpoint(tmp_path, config={"vocab_size": 999})
     assert Tokenizer.from_pretrained(folder).vocab_size == id_of(folder, "<|im_end|>") + 1 < 999
 
@@ -212,7 +212,7 @@ DECLARED = {
 
 @pytest.mark.parametrize("form", DECLARED)
 def test_tokens_of_the_tokenizer_config_are_registered(form, tmp_path):
-    """A token that tokenizer.json has in its vocabulary only would be split into letters."""
+    """CHECKLIST 68: A token that tokenizer.json has in its vocabulary only would be split into letters."""
     ours = assert_as_transformers(write_words(tmp_path / "a", DECLARED[form]))
     ours.save_pretrained(tmp_path / "b")
     assert_as_transformers(tmp_path / "b")
@@ -262,6 +262,18 @@ def test_special_flags_of_the_tokenizer_config_win_when_decoding(special, before
     ours = assert_as_transformers(write_words(tmp_path, config, added))
     if not before:
         assert ours.decode([0, 32]) == (" " if special else " <im>")
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_special_flags_of_a_qwen2_folder_are_those_of_the_tokenizer_config(special, before, tmp_path):
+    """Qwen2Tokenizer of transformers forgets the flags of tokenizer.json. The library alone keeps a token special."""
+    added = [tokenizers.AddedToken("<im>", special=before)]
+    config = {"added_tokens_decoder": {"32": {**TOKEN, "rstrip": False, "special": special}}, "unk_token": None}
+    folder = write_words(tmp_path, {**config, "pad_token": None}, added, config={"model_type": "qwen2"})
+    ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.decode([1, 32, 2]) == theirs.decode([1, 32, 2], skip_special_tokens=True)
+    assert ours.decode([1, 32, 2]) == ("ab" if special else "a<im>b")
 
 
 def test_a_named_token_is_special_when_decoding(tmp_path):
@@ -636,7 +648,7 @@ def test_any_tokenizer_config_works_or_ends_in_one_line(fuzzed, content):
 @pytest.mark.weights
 @pytest.mark.parametrize("name", ["Qwen2.5-Coder-0.5B-Instruct", "SmolLM2-135M-Instruct"])
 def test_released_tokenizers_equal_transformers(name):
-    """CHECKLIST 6, 9: the real files; Qwen's ids end before the embedding does, and it stops at two of them.
+    """CHECKLIST 6, 9: the real files. Qwen's ids end before the embedding does, and it stops at two of them.
 
     The reference is the class that takes tokenizer.json as it stands: a folder converted from another format may name a
     `tokenizer_class` (Qwen2Tokenizer for SmolLM2) for which AutoTokenizer puts another splitter in the file's place.

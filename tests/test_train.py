@@ -55,7 +55,7 @@ def run(*words: object) -> int:
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock or the process's memory says."""
+    """The lines of metrics.jsonl without times and memory."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.endswith(TIMING)} for row in rows]
 
@@ -77,7 +77,7 @@ def test_an_evaluation_tells_the_whole_format_from_its_reward(checkpoint_folder,
 
 
 def test_three_steps_and_a_resume(checkpoint_folder, tmp_path, even_letters, capsys):
-    """CHECKLIST 47: what the run says, what it leaves behind, and that it goes on from there."""
+    """CHECKLIST 47: its messages, its files, and that a resume goes on from there."""
     run_dir = tmp_path / "run"
     assert run("--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 3, *SMALL) == 0
     said = capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_three_steps_and_a_resume(checkpoint_folder, tmp_path, even_letters, cap
 
 
 class Killed(BaseException):
-    """What a process does not survive."""
+    """Events that a process does not survive."""
 
 
 FANCY = ["--updates-per-rollout", 2, "--beta", 0.05, "--entropy-coef", 0.01, "--weight-decay", 0.1, "--amsgrad"]
@@ -130,7 +130,7 @@ class NoisyLetters(EvenLetters):
 
 @pytest.mark.parametrize("settings", [[], ["--dtype", "bf16", *FANCY]], ids=["fp32", "bf16, fancy"])
 def test_six_steps_equal_three_a_kill_a_resume_and_three(checkpoint_folder, tmp_path, monkeypatch, settings):
-    """CHECKLIST 42: weights, masters, moments, random states, schedule, metrics and samples, bit for bit; killed in
+    """CHECKLIST 42: weights, masters, moments, random states, schedule, metrics and samples, bit for bit. Killed in
     step 5, so that a line of the log has to be taken back."""
     monkeypatch.setattr(train, "task_from_config", lambda config: NoisyLetters(seed=config.seed))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -286,7 +286,7 @@ def test_a_second_signal_leaves_at_once(capfd):
 
 @pytest.mark.parametrize(("there", "action"), [(False, signal.SIG_IGN), (True, signal.SIG_DFL)])
 def test_a_closed_terminal_is_no_second_signal(monkeypatch, there, action):
-    """CHECKLIST 45: the shell repeats the kernel's SIGHUP; one that is sent by hand is a second signal."""
+    """CHECKLIST 45: the shell repeats the kernel's SIGHUP. One that is sent by hand is a second signal."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setattr(stop_request, "_has_terminal", lambda: True)
     stop = train.StopRequest()
@@ -373,7 +373,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_checkpoint_that_cannot_work_is_refused_in_one_line(checkpoint_folder, tmp_path, capsys, broken):
-    """CHECKLIST 46: exit code 2 and what to do about it, before anything is written."""
+    """CHECKLIST 46: exit code 2 and the remedy, before anything is written."""
     spoil, words = BROKEN[broken]
     spoil(checkpoint_folder)
     line = refused(capsys, "--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", *SMALL)
@@ -410,7 +410,7 @@ def test_a_mistake_is_told_in_one_line(checkpoint_folder, tmp_path, capsys, mist
 
 
 def test_a_run_is_not_written_over(checkpoint_folder, tmp_path, even_letters, capsys):
-    """CHECKLIST 46: what was there stays, to the byte."""
+    """CHECKLIST 46: existing files stay, to the byte."""
     words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 1, *SMALL]
     assert run(*words) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

@@ -289,7 +289,7 @@ def tiny(tokenizer) -> Qwen2ForCausalLM:
 
 @pytest.mark.parametrize("traces_per_problem", [1, 3])
 def test_the_loss_is_the_cross_entropy_of_responses_and_their_stop_token(traces_per_problem, tokenizer):
-    """CHECKLIST 8: the stop token is learnt; the prompt is not. Traces that share a prompt do not see each other."""
+    """CHECKLIST 8: the stop token is learnt. The prompt is not. Traces that share a prompt do not see each other."""
     model = tiny(tokenizer)
     stream = warm_start.examples(TASK, tokenizer, Options(traces_per_problem=traces_per_problem))
     batch = list(itertools.islice(stream, 5))
@@ -309,7 +309,7 @@ def test_a_problem_has_as_many_traces_as_asked_and_its_prompt_counts_once(tokeni
     assert len(set(map(tuple, example.responses))) > 4  # each has habits of its own
     assert len(example) == len(example.prompt_ids) + sum(map(len, example.responses))
     assert len(example.responses) == 8
-    with pytest.raises(ValueError, match="--traces-per-problem 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="--traces-per-problem 0: expected 1 or more"):
         warm_start.main(Options(traces_per_problem=0))
 
 
@@ -348,7 +348,7 @@ def test_batches_lose_no_example():
 
 @pytest.mark.parametrize("task", ["countdown", "arithmetic", "calculator"])
 def test_from_nothing_to_a_folder_and_on_from_there(task, tmp_path, capsys):
-    """Both ways to call it; the same seed gives the same weights; training lowers the loss."""
+    """Both ways to call it. The same seed gives the same weights. Training lowers the loss."""
     options = {"task": task, "tokens": 6000, "batch_tokens": 1000, "threads": 1, "eval_problems": 4}
     for name in ("a", "b"):
         warm_start.main(Options(out=str(tmp_path / name), **options))

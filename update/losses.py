@@ -51,34 +51,36 @@ def token_weights(loss_type: str, lengths: Tensor, max_new_tokens: int, keep: Te
     _check_loss_type(loss_type)
     M, E = int(lengths.sum()), lengths.numel()
     keep = torch.ones(M, dtype=torch.bool, device=lengths.device) if keep is None else keep
-    _check_flat(M, keep=keep)
+    check_flat(M, keep=keep)
     counted = keep.float()
     if loss_type in ("dapo", "bnpo", "cispo"):
         return counted / counted.sum().clamp(min=1)
     if loss_type == "dr_grpo":
         return counted / max(1, E * max_new_tokens)
-    episode = _episode_of_token(lengths, M, keep.device)
-    return counted / (E * _segment_sum(counted, episode, E).clamp(min=1))[episode]
+    episode = episode_of_token(lengths, M, keep.device)
+    return counted / (E * segment_sum(counted, episode, E).clamp(min=1))[episode]
 
 
 def weighted_sum(terms: Tensor, weights: Tensor) -> Tensor:
     """sum(weights * terms), a scalar, of two [M] tensors. A term of weight 0 adds 0, even if it is NaN."""
-    _check_flat(terms.numel(), terms=terms, weights=weights)
+    check_flat(terms.numel(), terms=terms, weights=weights)
     return (torch.where(weights != 0, terms, 0.0) * weights).sum()
 
 
-def _episode_of_token(lengths: Tensor, M: int, device: torch.device) -> Tensor:
+def episode_of_token(lengths: Tensor, M: int, device: torch.device) -> Tensor:
     """[3, 1] -> [0, 0, 0, 1], on `device`. Raises ValueError if the lengths do not add up to M."""
     if lengths.dim() != 1 or int(lengths.sum()) != M:
         raise ValueError(f"lengths are {lengths.tolist()}, expected [E] numbers that add up to the {M} tokens")
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths).to(device)
 
 
-def _segment_sum(x: Tensor, episode: Tensor, E: int) -> Tensor:
+def segment_sum(x: Tensor, episode: Tensor, E: int) -> Tensor:
+    """Sum of each episode's tokens, [M] -> [E]."""
     return x.new_zeros(E).index_add(0, episode, x)
 
 
-def _check_flat(M: int, **tensors: Tensor | None) -> None:
+def check_flat(M: int, **tensors: Tensor | None) -> None:
+    """Raises ValueError for a tensor that does not have one number per loss token."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != (M,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{M}]: one number per loss token")
@@ -126,11 +128,11 @@ def policy_loss(
     """
     _check_loss_type(loss_type)
     M, E = logp.numel(), lengths.numel()
-    _check_flat(M, logp=logp, old_logp=old_logp, keep=keep)
+    check_flat(M, logp=logp, old_logp=old_logp, keep=keep)
     if advantages.shape != (E,):
         raise ValueError(f"advantages have shape {tuple(advantages.shape)}, expected [{E}]: one per episode")
     keep = torch.ones_like(logp, dtype=torch.bool) if keep is None else keep
-    episode = _episode_of_token(lengths, M, logp.device)
+    episode = episode_of_token(lengths, M, logp.device)
     logp, old_logp = torch.where(keep, logp, 0.0), torch.where(keep, old_logp, 0.0)
     x = PolicyInputs(logp, logp - old_logp, advantages.to(logp)[episode], keep, episode, E, **options)
     if x.delta is not None and x.delta <= 1 + x.epsilon_high:
@@ -150,8 +152,8 @@ def clipped_surrogate(x: PolicyInputs) -> PolicyTerms:
 
 def sequence_surrogate(x: PolicyInputs) -> PolicyTerms:
     """The same with one ratio per episode, the geometric mean over its tokens: GSPO (arXiv 2507.18071, eqs. 5, 7)."""
-    count = _segment_sum(x.keep.to(x.logp), x.episode, x.E).clamp(min=1)
-    return _clip(safe_exp(_segment_sum(x.log_ratio, x.episode, x.E) / count)[x.episode], x)
+    count = segment_sum(x.keep.to(x.logp), x.episode, x.E).clamp(min=1)
+    return _clip(safe_exp(segment_sum(x.log_ratio, x.episode, x.E) / count)[x.episode], x)
 
 
 def _clip(ratio: Tensor, x: PolicyInputs) -> PolicyTerms:
@@ -223,7 +225,7 @@ def kl_penalty(
     by policy / old policy, which has a gradient. Then k3 has the gradient of KL(policy || reference), also off policy
     (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl). No gradient reaches the reference.
     """
-    _check_flat(logp.numel(), logp=logp, ref_logp=ref_logp, old_logp=old_logp, keep=keep)
+    check_flat(logp.numel(), logp=logp, ref_logp=ref_logp, old_logp=old_logp, keep=keep)
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
     old = logp if old_logp is None else old_logp
@@ -246,7 +248,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def entropy_bonus(entropy: Tensor, weights: Tensor, coef: float) -> Tensor:
-    """-coef * mean entropy, a scalar to add to the loss. With dapo's weights the mean is over the step's tokens."""
+    """-coef * mean entropy, a scalar to add to the loss. `weights` [M]: `token_weights("dapo", ...)` for any loss."""
     return -coef * weighted_sum(entropy, weights)
 
 
@@ -270,7 +272,7 @@ def top_entropy_mask(entropy: Tensor, share: float, keep: Tensor | None = None) 
     over the given tokens. Pass those of the whole step: otherwise the mask depends on the micro-batches.
     """
     keep = torch.ones_like(entropy, dtype=torch.bool) if keep is None else keep
-    _check_flat(entropy.numel(), entropy=entropy, keep=keep)
+    check_flat(entropy.numel(), entropy=entropy, keep=keep)
     if not 0 <= share <= 1:
         raise ValueError(f"share of tokens is {share}, expected 0 to 1")
     if not keep.any():
@@ -294,12 +296,12 @@ def importance_weights(
     if mode not in IMPORTANCE_MODES:
         raise ValueError(f"importance mode is {mode!r}, expected one of {', '.join(IMPORTANCE_MODES)}")
     M, E = trainer_old_logp.numel(), lengths.numel()
-    _check_flat(M, trainer_old_logp=trainer_old_logp, rollout_logp=rollout_logp, keep=keep)
+    check_flat(M, trainer_old_logp=trainer_old_logp, rollout_logp=rollout_logp, keep=keep)
     log_ratio = (trainer_old_logp - rollout_logp).detach().nan_to_num(nan=0.0)
     log_ratio = log_ratio if keep is None else torch.where(keep, log_ratio, 0.0)
     if mode.endswith("sequence"):
-        episode = _episode_of_token(lengths, M, log_ratio.device)
-        log_ratio = _segment_sum(log_ratio, episode, E)[episode]
+        episode = episode_of_token(lengths, M, log_ratio.device)
+        log_ratio = segment_sum(log_ratio, episode, E)[episode]
     ratio = safe_exp(log_ratio)
     low, high = -math.inf if floor is None else floor, math.inf if cap is None else cap
     if mode.startswith("truncate"):
@@ -329,7 +331,7 @@ def transport_cost(
     shapes, T = (tuple(hidden_new.shape), tuple(hidden_old.shape)), len(hidden_new)
     keep = torch.ones(T, dtype=torch.bool, device=hidden_new.device) if keep is None else keep
     mass_new, mass_old = (torch.ones(T, device=keep.device),) * 2 if marginals is None else marginals
-    _check_flat(T, keep=keep, mass_new=mass_new, mass_old=mass_old)
+    check_flat(T, keep=keep, mass_new=mass_new, mass_old=mass_old)
     if hidden_new.dim() != 2 or shapes[0] != shapes[1]:
         raise ValueError(f"hidden states are {shapes[0]} and {shapes[1]}, expected [T, D] twice")
     if window < 0 or iterations < 1 or not (regularisation > 0 and mass_new.gt(0).all() and mass_old.gt(0).all()):

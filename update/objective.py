@@ -1,6 +1,9 @@
 """The loss of a micro-batch, term by term: how the options of the loss turn scores into a number.
 
-    loss = policy + beta * divergence - entropy_coef * entropy        each a sum of weight * term over the step's tokens
+    loss = policy + beta * divergence - entropy_coef * entropy
+
+The first two are sums of weight * term over the step's tokens, with the weights of the loss type. The entropy is the
+mean over the step's tokens for every loss type, so a coefficient means the same for all of them.
 
 The options are `LossOptions` (run/options.py). The terms are pure functions in losses.py. This file chooses them, gives
 them their inputs and adds them up.
@@ -24,9 +27,11 @@ from model.lora import adapters_off
 from qwen2_llm import Qwen2ForCausalLM
 from run.options import LossOptions
 from update import losses
+from update.off_policy import sequence_mask
 from update.packing import MicroBatch, Scores
 from update.scoring import response_states, score, score_states
 from update.step_metrics import StepTotals
+from update.token_traces import TokenTraces
 
 POLICY_OPTIONS = (
     "loss_type", "epsilon_low", "epsilon_high", "delta", "cispo_epsilon_max", "sapo_temperature_pos",
@@ -36,36 +41,64 @@ POLICY_OPTIONS = (
 
 def micro_batch_loss(
     o: LossOptions, model: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None, micro: MicroBatch, mask: Tensor | None,
-    totals: StepTotals,
+    totals: StepTotals, traces: TokenTraces | None = None,
 ) -> Tensor:  # fmt: skip
     """A micro-batch's part of the step's loss, a scalar. `mask` [M]: tokens of the policy loss; None: all.
 
-    Sums for the step's metrics are added to `totals`.
+    Sums for the step's metrics are added to `totals`. `traces` keeps the numbers of some responses, token by token.
     """
     hidden = response_states(model, micro)
     logp, entropy = score_states(model, micro, hidden)
-    terms, importance = policy_terms(o, micro, logp)
-    loss = policy = losses.weighted_sum(terms.loss, micro.weights if mask is None else micro.weights * mask)
-    if o.divergence_in_loss:
-        ref_logp = None
-        if o.needs_reference:
-            if reference is None:
-                raise ValueError(f"kl {o.kl!r} compares with a reference policy, and none was given")
-            with torch.no_grad(), adapters_off(reference):
-                ref_logp, _ = score(reference, micro)
-        divergence = divergence_terms(o, micro, logp, hidden, ref_logp)
-        loss = loss + o.beta * divergence.loss
-        totals.add_terms(kl=divergence.terms)
-    if o.entropy_coef:
-        loss = loss - o.entropy_coef * losses.weighted_sum(entropy, micro.weights)
-    if importance is not None:
-        totals.add_terms(importance=importance)
-    totals.add(loss=loss, policy_loss=policy)
+    ref_logp = None
+    if o.divergence_in_loss and o.needs_reference:
+        if reference is None:
+            raise ValueError(f"kl {o.kl!r} compares with a reference policy, and none was given")
+        with torch.no_grad(), adapters_off(reference):
+            ref_logp, _ = score(reference, micro)
+    parts = loss_of_scores(o, micro, logp, entropy, hidden, ref_logp, mask)
+    if parts.divergence is not None:
+        totals.add_terms(kl=parts.divergence)
+    if parts.importance is not None:
+        totals.add_terms(importance=parts.importance)
+    if parts.off_policy is not None:
+        totals.add_terms(off_policy=parts.off_policy)
+    totals.add(loss=parts.loss, policy_loss=parts.policy)
     totals.add_terms(
-        ratio=terms.ratio, entropy=entropy, clipped_low=terms.clipped_low, clipped_high=terms.clipped_high,
-        difference=(logp.detach() - micro.old_logp).abs(),
+        ratio=parts.terms.ratio, entropy=entropy, clipped_low=parts.terms.clipped_low,
+        clipped_high=parts.terms.clipped_high, difference=(logp.detach() - micro.old_logp).abs(),
     )  # fmt: skip
-    return loss
+    if traces is not None:
+        traces.watch(micro, logp, entropy, mask, ref_logp)
+    return parts.loss
+
+
+class LossParts(NamedTuple):
+    loss: Tensor  # scalar, and so is `policy`, a part of it
+    policy: Tensor
+    terms: losses.PolicyTerms
+    importance: Tensor | None  # [M]
+    divergence: Tensor | None  # [M], of ot [E]; for the metric
+    off_policy: Tensor | None  # [M]: 1 if the off-policy sequence mask left the token out
+
+
+def loss_of_scores(
+    o: LossOptions, micro: MicroBatch, logp: Tensor, entropy: Tensor, hidden: Tensor, ref_logp: Tensor | None,
+    mask: Tensor | None,
+) -> LossParts:  # fmt: skip
+    """The loss from scores that are already computed. `logp`, `entropy`, `ref_logp` and `mask` are [M]."""
+    terms, importance = policy_terms(o, micro, logp)
+    off_policy = None
+    if o.off_policy_threshold is not None:
+        kept = sequence_mask(logp, micro.old_logp, micro.advantages, micro.lengths, o.off_policy_threshold)
+        terms, off_policy = terms._replace(loss=terms.loss * kept), 1 - kept
+    loss = policy = losses.weighted_sum(terms.loss, micro.weights if mask is None else micro.weights * mask)
+    divergence = None
+    if o.divergence_in_loss:
+        added, divergence = divergence_terms(o, micro, logp, hidden, ref_logp)
+        loss = loss + o.beta * added
+    if o.entropy_coef:
+        loss = loss + losses.entropy_bonus(entropy, micro.mean_weights, o.entropy_coef)
+    return LossParts(loss, policy, terms, importance, divergence, off_policy)
 
 
 def policy_terms(o: LossOptions, micro: MicroBatch, logp: Tensor) -> tuple[losses.PolicyTerms, Tensor | None]:

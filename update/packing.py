@@ -54,11 +54,13 @@ class MicroBatch:
     targets: Tensor  # [M]
     old_logp: Tensor  # [M] the sampler's
     weights: Tensor  # [M] the token's share in the step's loss
+    mean_weights: Tensor  # [M] its share in a mean over the step's tokens: the same for every loss type
     advantages: Tensor  # [E]
     lengths: Tensor  # [E]
     answer_weight: float  # weight of a response in a mean over the step's responses
     temperature: float
     vocab_size: int | None
+    kept: Tensor | None  # [M, K] the ids that each token was sampled from; -1 fills up. None: all
     numbers: list[int]  # [E] index of each episode in the step
     before: list[Scores] | None  # [E] the training code's scores with the weights before the rollout's first update
 
@@ -67,6 +69,7 @@ class Member(NamedTuple):
     number: int
     episode: Episode
     weights: Tensor  # [T]
+    mean_weights: Tensor  # [T]
 
 
 class Step:
@@ -87,6 +90,9 @@ class Step:
     ):  # fmt: skip
         if len({(e.temperature, e.vocab_size) for e in episodes}) > 1:
             raise ValueError("the episodes of one update were sampled at different temperatures or vocabularies")
+        self.masked = any(e.kept is not None for e in episodes)
+        if self.masked and any(e.kept is None or len(e.kept) != len(e.response_ids) for e in episodes):
+            raise ValueError("an episode of the update lacks a sampling mask for its tokens, and others have one")
         self.episodes, self.device, self.before = episodes, device, before
         self.groups, self.lockstep = groups, lockstep
         loss_type, masked = ("dapo", False) if loss is None else (loss.loss_type, loss.mask_truncated)
@@ -96,13 +102,17 @@ class Step:
         kept = [n > 0 and not (masked and e.truncated) for n, e in zip(lengths.tolist(), episodes)]
         longest = max_new_tokens or max([1, *lengths.tolist()])
         keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
-        weights = losses.token_weights(loss_type, lengths, longest, keep_M).split(lengths.tolist())
-        members = map(Member, range(len(episodes)), episodes, weights)
+        weights, mean_weights = (
+            losses.token_weights(name, lengths, longest, keep_M).split(lengths.tolist()) for name in (loss_type, "dapo")
+        )
+        members = map(Member, range(len(episodes)), episodes, weights, mean_weights)
         # An episode with a NaN reward has advantage 0. With beta or an entropy term its tokens still count.
         trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
         self.trains = bool(trained)  # some episode of the step, on any rank, has a gradient
         self.trained = trained
         self.answer_weight = 1 / max(1, sum(kept))
+        self.weights = weights  # of each episode, [T]
+        self.denominators = {"tokens": int(keep_M.sum()), "responses": len(episodes), "longest": longest}
 
     def micro_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
         """Pack groups in order until the next one does not fit. A group that is too large alone is cut into pieces.
@@ -155,7 +165,7 @@ class Step:
             prompt = group[0].episode.prompt_ids
             last_prompt_row = len(ids) + len(prompt) - 1
             ids += prompt
-            for _, e, _ in group:
+            for _, e, *_ in group:
                 before = [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
                 rows += [before[t] for t in e.sampled_positions]
                 ids += e.response_ids[:-1]
@@ -163,6 +173,8 @@ class Step:
             [len(group[0].episode.prompt_ids) for group in groups] or [1],
             [[len(m.episode.response_ids) - 1 for m in group] for group in groups] or [[]],
         )
+
+        kept = [e.kept[t] for e in episodes if e.kept for t in e.sampled_positions]
 
         def on_device(numbers: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=self.device)
@@ -175,11 +187,19 @@ class Step:
             targets=on_device([e.response_ids[t] for e in episodes for t in e.sampled_positions], torch.long),
             old_logp=on_device([x for e in episodes for x in e.sampled_logprobs], torch.float32),
             weights=torch.cat([torch.zeros(0), *(m.weights for m in members)]).to(self.device),
+            mean_weights=torch.cat([torch.zeros(0), *(m.mean_weights for m in members)]).to(self.device),
             advantages=on_device([e.advantage for e in episodes], torch.float32),
             lengths=on_device([e.n_sampled for e in episodes], torch.long),
             answer_weight=self.answer_weight,
             temperature=self.sampled_by[0],
             vocab_size=self.sampled_by[1],
+            kept=_rows_of_ids(kept).to(self.device) if self.masked else None,
             numbers=[m.number for m in members],
             before=[self.before[m.number] for m in members] if self.before is not None else None,
         )
+
+
+def _rows_of_ids(rows: list[list[int]]) -> Tensor:
+    """[M, K]; rows of fewer than K ids are filled up with -1."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)

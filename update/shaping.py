@@ -2,11 +2,13 @@
 
 A reward function sees text. It does not see lengths in tokens or log-probabilities, so the trainer applies the
 penalties that need them. Each penalty is a named part of the reward and is logged as the other parts are. Evaluations
-leave it out.
+leave it out. A control experiment replaces the reward by a random one.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +23,8 @@ from tasks.rewards import soft_overlong_penalty
 from update import losses
 from update.scoring import score_episodes
 from update.step_metrics import has_signal
+
+PENALTY_WEIGHTS = {"overlong": 1.0}  # of the reward parts that are added here; that of `kl` is -beta
 
 
 def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
@@ -37,12 +41,33 @@ def drop_zero_variance(episodes: Sequence[Episode]) -> tuple[list[Episode], list
     return [e for e in episodes if e.group_id in kept], [e for e in episodes if e.group_id not in kept]
 
 
+def random_rewards(episodes: Sequence[Episode], probability: float, seed: int) -> list[Episode]:
+    """Replace each reward by 1 with this probability, else by 0: a control experiment (arXiv 2506.10947).
+
+    The reward depends on (seed, problem, index of the response in its group) and not on the text. It is the reward part
+    `random`. The task's own parts stay in the log, and do not train. A missing reward stays missing.
+    """
+    seen: dict[int, int] = defaultdict(int)
+    done = []
+    for episode in episodes:
+        index = seen[episode.group_id]
+        seen[episode.group_id] += 1
+        if math.isnan(episode.reward):
+            done.append(episode)
+            continue
+        name = episode.problem.id if episode.problem else str(episode.prompt_ids)
+        value = float(random.Random(f"random reward {seed} {name} {index}").random() < probability)
+        parts = {**episode.reward_parts, "random": value}
+        done.append(replace(episode, reward=value, unshaped_reward=None, reward_parts=parts))
+    return done
+
+
 def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: int) -> list[Episode]:
     """Take up to 1 from the reward of responses that come within `buffer` tokens of the limit `max_new_tokens`.
 
     This is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). The penalty is the reward part `overlong`."""
     penalties = [soft_overlong_penalty(e.n_sampled, max_new_tokens, buffer) for e in episodes]
-    return [_add_part(e, "overlong", penalty, 1.0) for e, penalty in zip(episodes, penalties)]
+    return [_add_part(e, "overlong", penalty, PENALTY_WEIGHTS["overlong"]) for e, penalty in zip(episodes, penalties)]
 
 
 def penalise_divergence(

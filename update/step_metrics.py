@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class StepTotals:
         }
         if self.counts["kl"]:
             metrics["kl"] = self._mean("kl")
+        if self.counts["off_policy"]:
+            metrics["update/off_policy_masked"] = self._mean("off_policy")
         if self.counts["importance"]:
             metrics |= self._spread("importance", "sampling/importance_sampling_ratio")
         return metrics
@@ -90,6 +92,7 @@ class StepTotals:
 def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
     """Metrics of the rollout's rewards: means and deviations over episodes, and the share of groups without a signal.
 
+    A deviation is that of all episodes with the divisor n - 1, as in TRL. Advantages have another one (grpo.py).
     The task's own diagnostics (such as the share of false sums) are added. They are not part of any reward. Raises
     ValueError if one of them has the name of a metric of the run."""
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
@@ -101,7 +104,7 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
             own[e.group_id].append(e.task_reward)
     metrics = {
         "reward": rewards.nanmean().item(),
-        "reward_std": fmean(pstdev(group) if group else 0.0 for group in groups.values()),
+        "reward_std": _deviation([r for group in groups.values() for r in group]),
         "frac_reward_zero_std": fmean(not has_signal(group) for group in own.values()),
         "completions/mean_length": fmean(e.n_sampled for e in episodes),
         "completions/clipped_ratio": fmean(e.truncated for e in episodes),
@@ -116,11 +119,20 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         values = torch.tensor([e.reward_parts.get(part, math.nan) for e in episodes], dtype=torch.float64)
         values = values[~values.isnan()]
         metrics[f"rewards/{part}/mean"] = values.mean().item()
-        metrics[f"rewards/{part}/std"] = values.std(correction=0).item()
-    diagnostics = [task.diagnostics(e.problem, e.text) for e in episodes if e.problem is not None]
+        metrics[f"rewards/{part}/std"] = _deviation(values.tolist())
+    diagnostics = [e.diagnostics for e in episodes if e.diagnostics is not None]
+    diagnostics += [
+        task.diagnostics(e.problem, e.text) for e in episodes if e.diagnostics is None and e.problem is not None
+    ]
     names = dict.fromkeys(name for d in diagnostics for name in d)
     check_names("diagnostic", names.keys() - TASK_DIAGNOSTICS)
     return metrics | {name: fmean(d[name] for d in diagnostics if name in d) for name in names}
+
+
+def _deviation(values: list[float]) -> float:
+    """Sample deviation (divisor n - 1) of the finite numbers among the values. 0 for fewer than two."""
+    known = [value for value in values if math.isfinite(value)]
+    return stdev(known) if len(known) > 1 else 0.0
 
 
 def has_signal(rewards: Sequence[float]) -> bool:

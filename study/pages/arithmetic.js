@@ -2,7 +2,6 @@
 // Every number is computed again from the residual stream by the methods of qwen2.js, the ones that the answer came from.
 "use strict";
 
-const short = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3 ? v.toExponential(2) : v.toPrecision(4));
 const vector = (x, n = 5) => `[${Array.from(x.slice(0, n), short).join(", ")}${x.length > n ? ", …" : ""}]`;
 const magnitude = (x) => Math.sqrt(x.reduce((sum, v) => sum + v * v, 0) / x.length);
 

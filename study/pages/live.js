@@ -1,182 +1,148 @@
-// The live part of the page: qwen2.js thinks about the reader's problem, once a checkpoint, and shows what it looked at.
+// Texts of models that run in the page: qwen2.js answers the reader's problem, once a checkpoint, and remembers what it did.
 "use strict";
 
 const LIVE = FACTS.live;
 const BPE_TOKENIZER = new BPE(LIVE.tokenizer);
-const MODELS = LIVE.weights.map((weights) => new Qwen2(FACTS.config, LIVE, weights));
+const MODELS = LIVE.weights.map((weights) => new Qwen2(FACTS.config, LIVE, fp32(weights)));
 const MAX_TOKENS = 240;
-
-// One checkpoint at work: its tokens, what happened at each, and where it draws them.
-class Thinker {
-  constructor(model, name) {
-    this.model = model;
-    this.tokens = element("ol", { class: "tokens answer", "aria-live": "off" });
-    this.verdict = element("p", { class: "hint" });
-    this.bars = element("div", { class: "bars" });
-    this.memory = element("p", { class: "hint memory" });
-    this.title = element("h3");
-    this.panel = element("div", { class: "thinker" }, element("h3", {}, name), this.tokens, this.verdict, this.memory,
-      this.title, this.bars);
-    byId("thinkers").append(this.panel);
-  }
-
-  start(ids, seed) {
-    this.cache = this.model.newCache();
-    this.steps = []; // {id, logits, trace, p}: p is the probability with which id was drawn, null in the prompt
-    this.promptLength = ids.length;
-    this.random = uniforms(seed);
-    this.done = false;
-    this.at = null; // the token behind which the bars are shown; null: the last choice
-    this.tokens.replaceChildren();
-    ids.forEach((id) => this.read(id, null));
-    this.verdict.textContent = "";
-    this.showNext();
-  }
-
-  read(id, p) {
-    const step = { id, p, ...this.model.step(id, this.cache) }, index = this.steps.push(step) - 1;
-    const button = element("button", { type: "button", title: p === null ? "prompt" : `drawn with ${percent(p)}` },
-      visible(BPE_TOKENIZER.decode([id])));
-    button.addEventListener("click", () => inspect(this, index));
-    const item = element("li", { class: p === null ? "prompt" : "" }, button);
-    if (p !== null) item.setAttribute("style", shade((1 - p) * 0.6, "--down"));
-    this.tokens.append(item);
-    this.tokens.scrollTop = this.tokens.scrollHeight;
-  }
-
-  // Draw one token. False when there is nothing more to draw.
-  advance() {
-    if (this.done) return false;
-    this.at = null;
-    const p = filtered(this.steps.at(-1).logits, settings(), LIVE.vocab_size), id = draw(p, this.random());
-    const full = this.steps.length - this.promptLength >= MAX_TOKENS;
-    this.done = full || LIVE.stop.includes(id);
-    if (!full) this.read(id, p[id]);
-    if (this.done) this.verdict.textContent = verdict(this.text(), full);
-    this.showNext();
-    return !this.done;
-  }
-
-  text() {
-    return BPE_TOKENIZER.decode(this.steps.slice(this.promptLength).map((step) => step.id));
-  }
-
-  showNext() {
-    const last = this.steps.length - (this.done && this.steps.length > 1 ? 2 : 1); // of a finished answer, its last choice
-    const index = this.at ?? last, step = this.steps[index];
-    this.title.textContent = `Next token, after ${index} ${visible(BPE_TOKENIZER.decode([step.id]))}`;
-    const bytes = this.cache.layers.reduce((sum, { k, v }) => [...k, ...v].reduce((n, x) => n + x.byteLength, sum), 0);
-    this.memory.textContent = `KV cache: ${this.cache.length} tokens, ${bytes.toLocaleString("en")} bytes`;
-    const p = filtered(step.logits, settings(), LIVE.vocab_size);
-    const order = p.map((_, i) => i).filter((i) => p[i] > 0).sort((a, b) => p[b] - p[a]).slice(0, 8);
-    this.bars.replaceChildren(...order.flatMap((i) => [
-      element("code", {}, visible(BPE_TOKENIZER.decode([i]))),
-      element("div", { class: "track" }, element("span", { style: `width:${100 * p[i]}%` })), element("span", {}, percent(p[i]))]));
-  }
-}
+const SETTINGS = { // common sampling settings, beside the reader's own
+  "T = 1": {}, "T = 0.5": { temperature: 0.5 }, "T = 1.5": { temperature: 1.5 }, "top-k 3": { topK: 3 }, "top-p 0.9": { topP: 0.9 },
+};
 
 const settings = () => ({
   temperature: Number(byId("temperature").value), topK: Number(byId("topk").value), topP: Number(byId("topp").value),
 });
+const wordOf = (id) => BPE_TOKENIZER.decode([id]);
 
-// Is the answer right? Only digits, + - * / and parentheses are read, by a parser of a few lines: an answer is data.
-function verdict(text, cut) {
-  const answer = text.split("</think>").at(-1).match(/<answer>([^<]*)<\/answer>/);
-  const problem = byId("question").value.match(/\[([\d,\s]+)\]\s*=\s*(\d+)/);
-  if (!answer) return cut ? `cut after ${MAX_TOKENS} tokens, without an answer` : "no answer in <answer> tags";
-  if (!problem) return "";
-  const value = calculate(answer[1]), used = (answer[1].match(/\d+/g) ?? []).map(Number).sort((a, b) => a - b);
-  const given = problem[1].split(",").map(Number).sort((a, b) => a - b);
-  if (value === null) return `${answer[1].trim()} is no expression`;
-  const each = used.join() === given.join();
-  const right = each && Math.abs(value - Number(problem[2])) < 1e-9;
-  return `${answer[1].trim()} = ${Number(value.toFixed(4))}: ${right ? "right" : each ? "not the target" : "not every number once"}`;
-}
+// A text with the trace of every token, in the form that the panels ask for.
+class LiveText {
+  constructor(model, name) {
+    Object.assign(this, { model, name, first: 0 });
+    const { num_hidden_layers: L, num_attention_heads: H } = FACTS.config;
+    this.layers = Array.from({ length: L }, (_, i) => i);
+    this.heads = Array.from({ length: H }, (_, i) => i);
+    this.begin([]);
+  }
 
-function calculate(text) {
-  const tokens = text.match(/\d+|[-+*/()]/g) ?? [];
-  if (tokens.join("") !== text.replace(/\s/g, "") || tokens.length > 64) return null;
-  let at = 0;
-  const atom = () => {
-    if (tokens[at] === "(") {
-      at += 1;
-      const value = sum();
-      return tokens[at++] === ")" ? value : NaN;
-    }
-    return /^\d+$/.test(tokens[at] ?? "") ? Number(tokens[at++]) : NaN;
-  };
-  const product = () => {
-    let value = atom();
-    while (tokens[at] === "*" || tokens[at] === "/") value = tokens[at++] === "*" ? value * atom() : value / atom();
-    return value;
-  };
-  const sum = () => {
-    let value = product();
-    while (tokens[at] === "+" || tokens[at] === "-") value = tokens[at++] === "+" ? value + product() : value - product();
-    return value;
-  };
-  const value = sum();
-  return at === tokens.length && Number.isFinite(value) ? value : null;
-}
+  begin(ids) {
+    this.cache = this.model.newCache();
+    this.steps = []; // {logits, trace, p}: p is the probability with which the token was drawn, null in the prompt
+    this.tokens = [];
+    this.promptLength = ids.length;
+    ids.forEach((id) => this.read(id, null));
+  }
 
-// Everything about one token: attention by head, its way through a block with the sums, and the logit lens.
-const CHOSEN = { thinker: null, index: 0, layer: 0, head: 0, open: new Set() };
+  read(id, p) {
+    this.tokens.push({ id, text: wordOf(id) });
+    this.steps.push({ id, p, ...this.model.step(id, this.cache) });
+  }
 
-function inspect(thinker, index) {
-  Object.assign(CHOSEN, { thinker, index });
-  thinker.at = index;
-  thinker.showNext();
-  THINKERS.forEach((t) => [...t.tokens.children].forEach((li, i) => li.classList.toggle("chosen", t === thinker && i === index)));
-  drawLooks();
-  drawWay();
-  const lens = byId("live-lens");
-  fillTable(lens, ["read after", "likeliest next tokens"], thinker.steps[index].trace.residual.map((x, layer) => {
-    const p = softmax(Array.from(thinker.model.read(x)).slice(0, LIVE.vocab_size));
-    const order = p.map((_, i) => i).sort((a, b) => p[b] - p[a]).slice(0, 4);
-    return [element("th", {}, layer ? `block ${layer - 1}` : "embedding"),
-      ...order.map((i) => element("td", { style: shade(p[i] * 0.7) }, `${visible(BPE_TOKENIZER.decode([i]))} ${percent(p[i])}`))];
-  }));
-}
+  // Go back to the first `length` tokens.
+  cutTo(length) {
+    this.tokens.length = this.steps.length = this.cache.length = length;
+    for (const { k, v } of this.cache.layers) k.length = v.length = length;
+  }
 
-const labelOf = (t) => visible(BPE_TOKENIZER.decode([CHOSEN.thinker.steps[t].id]));
+  // The text that is judged: the prompt may have opened the thought.
+  judged() {
+    const text = this.response(), opened = LIVE.after.includes("<think>") && !text.trimStart().startsWith("<think>");
+    return (opened ? "<think>" : "") + text;
+  }
 
-// A row a head; its button chooses the head whose sums are shown.
-function drawLooks() {
-  const step = CHOSEN.thinker.steps[CHOSEN.index];
-  fillTable(byId("looks"), [], step.trace.layers.flatMap(({ weights }, layer) => weights.map((row, head) => {
-    const button = element("button", { type: "button" }, `layer ${layer}, head ${head}`);
-    button.addEventListener("click", () => {
-      Object.assign(CHOSEN, { layer, head });
-      drawWay();
+  response() { return BPE_TOKENIZER.decode(this.tokens.slice(this.promptLength).map((t) => t.id)); }
+  weights(layer, head) { return this.steps.map((step) => step.trace.layers[layer].weights[head]); }
+  probabilities(i, asked = {}) { return filtered(this.steps[i].logits, asked, LIVE.vocab_size); }
+
+  next(i) {
+    const logits = this.steps[i].logits, columns = Object.entries({ "as set": settings(), ...SETTINGS }).map(([name, asked]) =>
+      [name, this.probabilities(i, asked)]);
+    const order = Array.from(logits.slice(0, LIVE.vocab_size), (_, id) => id).sort((a, b) => logits[b] - logits[a]).slice(0, 12);
+    return order.map((id) => ({ id, text: wordOf(id), logit: logits[id],
+      p: Object.fromEntries(columns.map(([name, p]) => [name, p[id]])) }));
+  }
+
+  lens(i) {
+    return this.steps[i].trace.residual.map((x, layer) => {
+      const p = softmax(Array.from(this.model.read(x)).slice(0, LIVE.vocab_size));
+      const order = p.map((_, id) => id).sort((a, b) => p[b] - p[a]).slice(0, 4);
+      return [layer ? `block ${layer - 1}` : "embedding", order.map((id) => [wordOf(id), p[id]])];
     });
-    return [element("th", {}, button),
-      ...row.map((w, t) => element("td", { style: shade(Math.sqrt(w) * 0.8), title: `${labelOf(t)}: ${w.toFixed(3)}` }, labelOf(t)))];
-  })));
+  }
+
+  norms(i) {
+    return this.layers.flatMap((layer) => [["input_layernorm", "residual"], ["post_attention_layernorm", "between"]].map(([norm, key]) => {
+      const values = this.steps.map((step) => magnitude(step.trace[key][layer]));
+      return { layer, norm, value: values[i], mean: values.reduce((a, b) => a + b) / values.length };
+    }));
+  }
+
+  rope(i, layer) {
+    const K = FACTS.config.head_dim, attn = `model.layers.${layer}.self_attn`, { residual, layers } = this.steps[i].trace;
+    const before = this.model.project(attn, "q", this.model.norm(`model.layers.${layer}.input_layernorm`, residual[layer]));
+    const pairs = [...new Set([0, Math.floor(K / 8), Math.floor(K / 4), K / 2 - 1])];
+    return this.heads.flatMap((head) => pairs.map((pair) => ({ layer, head, pair, frequency: this.model.frequencies[pair],
+      ...Object.fromEntries([["before", before], ["after", layers[layer].q]].map(([name, x]) =>
+        [name, [x[head * K + pair], x[head * K + pair + K / 2]]])) })));
+  }
+
+  memory() { return this.cache.layers.reduce((sum, { k, v }) => [...k, ...v].reduce((n, x) => n + x.byteLength, sum), 0); }
 }
 
-function drawWay() {
-  const { thinker, index, layer, head, open } = CHOSEN;
-  [...byId("looks").querySelectorAll("button")].forEach((button, i) =>
-    button.setAttribute("aria-pressed", String(i === layer * FACTS.config.num_attention_heads + head)));
-  byId("way-title").textContent = `Token ${index}, ${labelOf(index)}: layer ${layer}, head ${head}`;
-  byId("way").replaceChildren(...wayThrough(thinker.model, thinker.steps, thinker.cache, index, layer, head, labelOf).map((stage, i) => {
-    const details = element("details", {}, element("summary", {}, element("b", {}, stage.name), " ",
-      element("code", {}, stage.shape), " ", element("span", { class: "hint" }, stage.gist)), element("div", { class: "sum" }, stage.lines.join("\n")));
-    details.open = open.has(i);
-    details.addEventListener("toggle", () => (details.open ? open.add(i) : open.delete(i)));
-    return details;
-  }));
+// A checkpoint that answers: its text, where it draws it, and the verdict.
+class Thinker extends LiveText {
+  constructor(model, name) {
+    super(model, name);
+    this.list = tokenList(this);
+    this.list.classList.add("answer");
+    this.verdict = element("p", { class: "hint verdict" });
+    byId("texts").append(element("div", { class: "thinker" }, element("h3", {}, name), this.list, this.verdict));
+  }
+
+  start(ids, seed) {
+    this.begin(ids);
+    this.random = uniforms(seed);
+    this.question = byId("question").value;
+    this.done = false;
+    this.verdict.textContent = "";
+    this.list.replaceChildren();
+    ids.forEach((_, i) => this.show(i));
+  }
+
+  show(i) {
+    const p = this.steps[i].p, item = addToken(this.list, this, i, p === null ? "prompt" : `drawn with ${percent(p)}`);
+    if (p !== null) item.setAttribute("style", shade((1 - p) * 0.6, "--down"));
+    this.list.scrollTop = this.list.scrollHeight;
+  }
+
+  // Draw one token. False if there is nothing more to draw.
+  advance() {
+    if (this.done) return false;
+    const p = this.probabilities(this.steps.length - 1, settings()), id = draw(p, this.random());
+    const full = this.steps.length - this.promptLength >= MAX_TOKENS;
+    this.done = full || LIVE.stop.includes(id);
+    if (!this.done) {
+      this.read(id, p[id]);
+      this.show(this.steps.length - 1);
+    } else this.verdict.textContent = `${verdict(this.judged(), this.question, full ? MAX_TOKENS : 0)}`;
+    return !this.done;
+  }
 }
 
 const THINKERS = MODELS.map((model, i) => new Thinker(model, FACTS.names[i]));
+const ENDED = []; // functions that run once the responses of all models are whole
 let running = null;
+const asked = () => byId("question").value + "/" + byId("seed").value;
 
+// Begin again with the problem in the field. False, and nothing is changed, if the model cannot read it.
 function restart() {
   stop();
+  byId("complaint").textContent = complaint(byId("question").value, LIVE.trained);
+  if (refusal(byId("question").value, LIVE.trained)) return false;
   const ids = BPE_TOKENIZER.encode(LIVE.before + byId("question").value + LIVE.after);
   THINKERS.forEach((thinker) => thinker.start(ids, Number(byId("seed").value)));
-  THINKERS[0].restartedWith = byId("question").value + "/" + byId("seed").value;
-  inspect(THINKERS[0], THINKERS[0].steps.length - 1);
+  THINKERS.asked = asked();
+  choose(THINKERS.includes(CHOSEN.text) ? CHOSEN.text : THINKERS[0], ids.length - 1);
+  return true;
 }
 
 function stop() {
@@ -185,35 +151,77 @@ function stop() {
   byId("run").textContent = "Think";
 }
 
-function think() {
-  const more = THINKERS.map((thinker) => thinker.advance()).some(Boolean); // each token draws a frame: one sees it think
-  if (more) running = requestAnimationFrame(think);
-  else stop();
+// While a model thinks, the chosen token is the newest one of the text that was chosen.
+function advance() {
+  const more = THINKERS.map((thinker) => thinker.advance()).some(Boolean);
+  const text = THINKERS.includes(CHOSEN.text) ? CHOSEN.text : THINKERS[0];
+  choose(text, text.tokens.length - 1);
+  return more;
 }
 
-byId("controls").addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (running !== null) return stop();
-  restart();
-  byId("run").textContent = "Stop";
-  running = requestAnimationFrame(think);
-});
-byId("one").addEventListener("click", () => {
-  stop();
-  const asked = byId("question").value + "/" + byId("seed").value;
-  if (THINKERS[0].restartedWith !== asked || THINKERS.every((t) => t.done)) restart();
-  THINKERS.forEach((thinker) => thinker.advance());
-});
-for (const name of ["temperature", "topk", "topp"]) {
-  const show = () => {
-    const value = Number(byId(name).value);
-    byId(name + "-value").textContent = name === "topk" && value === 0 ? "off" : String(value);
-    THINKERS.forEach((thinker) => thinker.showNext());
-    drawWay();
-  };
-  byId(name).addEventListener("input", show);
+function think() {
+  if (advance()) running = requestAnimationFrame(think); // each token draws a frame: one sees it think
+  else end();
 }
+
+function end() {
+  stop();
+  ENDED.forEach((act) => act());
+}
+
+// The finished responses at once, and in them the token where the model was least sure.
+function finish() {
+  while (THINKERS.map((thinker) => thinker.advance()).some(Boolean));
+  const [text] = THINKERS, unsure = (i) => text.probabilities(i).reduce((sum, p) => sum - (p ? p * Math.log(p) : 0), 0);
+  let best = text.promptLength - 1;
+  for (let i = best; i < text.steps.length; i++) if (unsure(i) > unsure(best)) best = i;
+  choose(text, best);
+  ENDED.forEach((act) => act());
+}
+
+let STAGES = []; // of the chosen token, layer and head
+
+function drawWay(text, index) {
+  const { layer, head, open } = CHOSEN;
+  STAGES = wayThrough(text.model, text.steps, text.cache, index, layer, head, (t) => labelOf(text, t));
+  byId("way-title").textContent = `Token ${index}, ${labelOf(text, index)}: layer ${layer}, head ${head}`;
+  byId("way").replaceChildren(...STAGES.map((stage, i) => {
+    const details = element("details", { "data-stage": stage.name }, element("summary", {}, element("b", {}, stage.name), " ",
+      element("code", {}, stage.shape), " ", element("span", { class: "hint" }, stage.gist)), element("div", { class: "sum" }, stage.lines.join("\n")));
+    details.open = open.has(i);
+    details.addEventListener("toggle", () => (details.open ? open.add(i) : open.delete(i)));
+    return details;
+  }));
+}
+
+function listenToControls() {
+  byId("controls").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (running !== null) return stop();
+    if (!restart()) return;
+    byId("run").textContent = "Stop";
+    running = requestAnimationFrame(think);
+  });
+  byId("one").addEventListener("click", () => {
+    stop();
+    if (THINKERS.asked !== asked() || THINKERS.every((t) => t.done)) restart();
+    else if (!advance()) end();
+  });
+  for (const name of ["temperature", "topk", "topp"]) {
+    const say = () => {
+      const value = Number(byId(name).value);
+      byId(name + "-value").textContent = name === "topk" && value === 0 ? "off" : name === "temperature" && value === 0 ? "0, greedy" : String(value);
+    };
+    byId(name).addEventListener("input", () => { say(); redraw(); });
+    say();
+  }
+  byId("question").addEventListener("input", () => {
+    byId("complaint").textContent = complaint(byId("question").value, LIVE.trained);
+  });
+}
+
 byId("question").value = LIVE.question;
-byId("question").addEventListener("change", restart);
+listenToControls();
+FOLLOWERS.push(drawWay);
 restart();
-for (const name of ["temperature", "topk", "topp"]) byId(name).dispatchEvent(new Event("input"));
+finish();

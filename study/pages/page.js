@@ -21,6 +21,7 @@ function svg(name, attributes = {}, ...children) {
 // A text on one line, with its blanks, line ends and control characters shown.
 const visible = (text) => text.replace(/\n/g, "↵").replace(/ /g, "·").replace(/[\p{C}]/gu, "□") || "∅";
 const shade = (share, colour = "--hue") => `background: rgba(var(${colour}), ${Math.min(1, Math.max(0, share)).toFixed(3)})`;
+const short = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3 ? v.toExponential(2) : v.toPrecision(4));
 const percent = (p) => (p === 0 ? "–" : p < 0.001 ? "<0.1%" : (100 * p).toFixed(1) + "%");
 
 function fillTable(table, header, rows) {

@@ -1,17 +1,19 @@
 // Qwen2 in plain JavaScript: the forward pass with a cache, the tokenizer and the sampler of this project's Python, for a
 // model small enough to live in a page. One token at a time, fp32 like the weights; every loop is the textbook's.
 //
-//   const model = new Qwen2(config, live, live.weights[0]);  // weights: base64 of little-endian fp32, in the order of
-//                                                            // live.shapes; live.frequencies: radians a token
+//   const model = new Qwen2(config, live, fp32(live.weights[0]));  // weights: fp32, in the order of live.shapes;
+//                                                                  // live.frequencies: radians a token
 //   const cache = model.newCache();
 //   const { logits, trace } = model.step(id, cache);      // trace: what happened inside, for the page
 "use strict";
 
+// Numbers in fp32 from base64 of their little-endian bytes.
+const fp32 = (base64) => new Float32Array(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
+
 class Qwen2 {
-  constructor(config, { shapes, frequencies }, base64) {
+  constructor(config, { shapes, frequencies }, view) {
     this.config = config;
-    const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
-    const view = new Float32Array(bytes.buffer);
+    this.all = view;
     this.weights = {};
     let start = 0;
     for (const [name, shape] of shapes) {
@@ -241,4 +243,4 @@ function byteLetters() {
   return Array.from({ length: 256 }, (_, b) => String.fromCharCode(printable(b) ? b : extra++));
 }
 
-if (typeof module !== "undefined") module.exports = { Qwen2, BPE, filtered, draw, softmax, uniforms };
+if (typeof module !== "undefined") module.exports = { Qwen2, fp32, BPE, filtered, draw, softmax, uniforms };

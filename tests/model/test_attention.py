@@ -51,7 +51,7 @@ def random_qkv(rows: int, heads: int = H, kv_heads: int = G, size: int = K, seed
 
 
 def visible_rows(layout: Layout, row: int) -> list[int]:
-    """The rows that a row may look at, from what a Run says."""
+    """The rows that a row may look at, from the fields of a Run."""
     run = next(r for r in layout.runs if r.start <= row < r.start + r.length)
     return [*range(run.prefix_start, run.prefix_start + run.prefix_length), *range(run.start, row + 1)]
 
@@ -78,7 +78,7 @@ def gradients(attend, qkv: list[torch.Tensor], weights: torch.Tensor) -> tuple[t
 
 
 def test_layout_positions_and_mask(layout):
-    """CHECKLIST 7. Who sees whom, and where each row stands, follow from lengths alone."""
+    """CHECKLIST 7. Masks and positions follow from lengths alone."""
     positions, mask = layout.positions(), layout.mask()
     assert mask.shape == (layout.n_rows, layout.n_rows) == (len(positions), len(positions))
     for row in range(layout.n_rows):
@@ -204,7 +204,8 @@ def test_shared_prefix_gives_the_gradients_of_padded_rows(checkpointing):
 
 
 def test_the_index_of_the_variable_length_kernel(layout):
-    """CHECKLIST 11. What CUDA's kernel is handed, evaluated by its definition: causal, aligned at the bottom right."""
+    """CHECKLIST 11. The arguments of CUDA's kernel, evaluated by its definition: causal, aligned at the bottom
+    right."""
     q, k, v = random_qkv(layout.n_rows)
     rows, cu_q, cu_k, max_q, max_k = _pack(layout, torch.device("cpu"))
     assert cu_q.dtype == cu_k.dtype == torch.int32
@@ -271,7 +272,7 @@ def test_flash_attention_is_taken_where_it_runs():
     ],
 )
 def test_a_gpu_without_a_training_kernel_is_refused(dtype, size, capability, message):
-    """One line that says what to do."""
+    """One line with the remedy."""
     for good in [(torch.bfloat16, 12, (8, 0)), (torch.float16, 512, (7, 5)), (torch.float32, 7, (7, 5))]:
         check_cuda_attention(*good)
     with pytest.raises(ValueError, match=message) as error:
@@ -355,7 +356,7 @@ PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
 @pytest.mark.parametrize("dirty", [False, True], ids=["fresh", "held-other-data"])
 @torch.no_grad()
 def test_prefill_and_chunks_equal_the_full_forward(chunk, dirty):
-    """CHECKLIST 27, CHECKLIST 11. Ragged rows, two copies a prompt, chunks of 1, 3 and all; then garbage behind."""
+    """CHECKLIST 27, CHECKLIST 11. Ragged rows, two copies a prompt, chunks of 1, 3 and all. Then garbage behind."""
     model, new = make_model(), random_tokens(6, 12)
     texts = [PROMPTS[row // 2] + new[row].tolist() for row in range(6)]
     cache = KVCache.from_prefill(prefill(model, PROMPTS), copies=2, room=12)
@@ -460,7 +461,7 @@ def test_group_cache_reads_nothing_behind_a_short_prompt(width):
 
 @torch.no_grad()
 def test_a_row_that_is_handed_on_reads_nothing_of_what_it_held():
-    """CHECKLIST 27. Rows of unequal age, out of order; a new prompt takes the place of one that has left."""
+    """CHECKLIST 27. Rows of unequal age, out of order. A new prompt takes the place of one that has left."""
     model, new = make_model(), random_tokens(3, 6)
     cache = group_cache(model, prefill(model, PROMPTS), copies=1, room=6)
     for t in range(3):

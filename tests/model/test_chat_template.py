@@ -1,9 +1,9 @@
 """chat_template.py: the text of transformers for honest templates, and a quick end for hostile ones."""
 
-import resource
 import threading
 import time
 
+import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -133,13 +133,11 @@ def refusal(source: str, **variables) -> str:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_soon_in_one_line(name, short):
-    """Seconds of processor time, unbounded they take from minutes to forever. And this process holds none of it."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    """CHECKLIST 69: unbounded, they take from minutes to forever. And this process holds none of their memory."""
+    before, start = psutil.Process().memory_info().rss, time.process_time()
     refusal(HOSTILE[name])
     assert time.process_time() - start < 5
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert children.ru_maxrss < 2 << 20  # KiB
+    assert psutil.Process().memory_info().rss - before < 200 << 20
     assert ChatTemplate("{{ messages|length }}").render(messages=MESSAGES) == "3"  # the next rendering works
 
 

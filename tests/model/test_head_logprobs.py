@@ -51,7 +51,7 @@ def test_scale_logits_refuses_a_temperature_that_is_not_positive(temperature):
 @pytest.mark.parametrize("chunk", [1, 5, 23, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_token_logprobs_equals_its_slow_twin(chunk, vocab_size, dtype):
-    """CHECKLIST 6: values and gradients, for every way to cut the vocabulary; rows beyond it get gradient 0."""
+    """CHECKLIST 6: values and gradients, for every way to cut the vocabulary. Rows beyond it get gradient 0."""
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-12}
     results = []
     for function, options in ((token_logprobs, {"chunk": chunk}), (token_logprobs_eager, {})):
@@ -81,7 +81,7 @@ def test_token_logprobs_by_hand():
 
 @pytest.mark.parametrize("which", ["logp", "entropy"])
 def test_token_logprobs_with_one_output_used(which):
-    """CHECKLIST 23: the entropy alone has a gradient; an output that is not used costs nothing and adds nothing."""
+    """CHECKLIST 23: the entropy alone has a gradient. An output that is not used costs nothing and adds nothing."""
     grads = []
     for function in (token_logprobs, token_logprobs_eager):
         hidden, weight, targets = head_inputs()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model import limited
@@ -50,11 +51,11 @@ def test_large_arguments_and_values_pass():
     assert call_limited("operator:add", text, "!") == text + "!"
 
 
-def test_memory_is_limited_and_the_child_lives_on():
+def test_memory_is_limited():
     pid = child_pid()
-    with pytest.raises(LimitedError, match="MemoryError"):
+    with pytest.raises(LimitedError, match=r"MemoryError|MiB of memory"):
         call_limited("operator:mul", "a", 10**9)
-    assert child_pid() == pid
+    assert (child_pid() == pid) == (sys.platform == "linux")  # a failed allocation there, and an end elsewhere
     assert call_limited("operator:mul", "a", 3 * 10**6) == "a" * 3_000_000
 
 
@@ -81,20 +82,21 @@ def test_elapsed_time_is_limited(monkeypatch):
 def test_a_crash_of_the_child_is_told_and_a_new_one_starts():
     with pytest.raises(LimitedError, match=r"ended the process .*exit status 7"):
         call_limited("os:_exit", 7)
-    with pytest.raises(LimitedError, match=r"ended the process .*exit status -11"):
-        call_limited("ctypes:string_at", 0)
+    with pytest.raises(LimitedError, match=r"ended the process .*exit status"):
+        call_limited("os:abort")
     assert call_limited("operator:add", 1, 2) == 3
 
 
 def test_a_child_that_was_killed_from_outside_costs_one_error():
-    os.kill(child_pid(), signal.SIGKILL)
+    psutil.Process(child_pid()).kill()
     with pytest.raises(LimitedError, match="ended the process"):
         call_limited("operator:add", 1, 2)
     assert call_limited("operator:add", 1, 2) == 3
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm on this system")
 def test_an_interrupt_leaves_no_reply_behind():
-    """The reply of the call that Ctrl-C ended must not become the value of the next one."""
+    """CHECKLIST 69: The reply of the call that Ctrl-C ended must not become the value of the next one."""
     child_pid()
 
     def interrupt(*_):
@@ -146,11 +148,12 @@ def test_no_module_of_one_system_is_needed():
 
 PARENT = """
 import os, sys
+import psutil
 from model import limited
 limited.call_limited("operator:add", 1, 2)
 print(limited._child.process.pid, flush=True)
 if sys.argv[1] == "killed":
-    os.kill(os.getpid(), 9)
+    psutil.Process().kill()
 if sys.argv[1] == "forked" and os.fork() == 0:
     assert limited.call_limited("operator:add", 1, 3) == 4
     print(limited._child.process.pid, flush=True)
@@ -161,17 +164,26 @@ if sys.argv[1] == "forked":
 """
 
 
-@pytest.mark.parametrize("how", ["ended", "killed", "forked"])
+NO_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+@pytest.mark.parametrize("how", ["ended", "killed", pytest.param("forked", marks=NO_FORK)])
 def test_no_child_outlives_its_parent(how):
     """And a process that is forked gets a child of its own, as the pipes are its parent's."""
     done = subprocess.run(
         [sys.executable, "-c", PARENT, how], cwd=ROOT, capture_output=True, text=True, timeout=60
     )  # fmt: skip
     pids = [int(line) for line in done.stdout.split()]
-    assert done.returncode == (-9 if how == "killed" else 0), done.stderr
+    assert (done.returncode == 0) == (how != "killed"), done.stderr
     assert len(set(pids)) == (2 if how == "forked" else 1)
     until = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}/cmdline").exists() and b"limited" in Path(f"/proc/{pid}/cmdline").read_bytes()
-              for pid in pids):  # fmt: skip
+    while any(is_child(pid) for pid in pids):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def is_child(pid: int) -> bool:
+    try:
+        return any("model.limited" in word for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False

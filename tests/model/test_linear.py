@@ -50,7 +50,7 @@ def test_equal_ids_are_summed_and_the_rest_is_zero(n):
 
 
 def test_a_gradient_is_added_to_the_one_that_is_there():
-    """CHECKLIST 17. Micro-batches of one step; with a tied head its gradient is there before."""
+    """CHECKLIST 17. Micro-batches of one step. With a tied head its gradient is there before."""
     layer, ids = Embedding(V, D), torch.tensor([1, 1, 6])
     with gradients_in_place():
         for _ in range(3):

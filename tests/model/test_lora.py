@@ -1,4 +1,4 @@
-"""lora.py: the formula, what is frozen, PEFT's format both ways, the merged export, and what is refused."""
+"""lora.py: the formula, frozen weights, PEFT's format both ways, the merged export, and refusals."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_adapters_off_is_the_model_as_it_was():
 
 @torch.no_grad()
 def test_merged_weights_are_saved_under_the_checkpoints_names(tmp_path):
-    """`save_pretrained` of a model with adapters writes a plain folder; the model itself is left alone."""
+    """`save_pretrained` of a model with adapters writes a plain folder. The model itself is left alone."""
     model = lora_model()
     expected, before = model(IDS), [p.clone() for p in model.parameters()]
     model.save_pretrained(tmp_path)

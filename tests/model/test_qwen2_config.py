@@ -1,4 +1,4 @@
-"""qwen2_config.py: what old and new releases write, and every config that is refused (CHECKLIST 35)."""
+"""qwen2_config.py: configs of old and new releases, and every config that is refused (CHECKLIST 35)."""
 
 from __future__ import annotations
 

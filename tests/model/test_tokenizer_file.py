@@ -1,15 +1,15 @@
-"""tokenizer_file.py: a hostile tokenizer.json ends in one line; the bundled file needs no child process."""
+"""tokenizer_file.py: a hostile tokenizer.json ends in one line. The bundled file needs no child process."""
 
 from __future__ import annotations
 
 import base64
 import json
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model import limited, tokenizer_file
@@ -64,15 +64,16 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_end_soon_in_one_line(name, tmp_path, monkeypatch):
+    """CHECKLIST 69: and this process holds none of their memory."""
     monkeypatch.setattr(tokenizer_file, "TRIAL_CPU_S", 1)
     path = write_file(tmp_path, **HOSTILE[name])
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = psutil.Process().memory_info().rss, time.process_time()
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer \(.*fetch it again") as caught:
         load_backend(path.read_bytes(), path)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 500
     assert time.process_time() - start < 5  # of this process
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+    assert psutil.Process().memory_info().rss - before < 200 << 20
 
 
 def test_honest_files_are_tried_once(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ def saved(tmp_path) -> Path:
 
 
 def split_into_shards(folder: Path) -> dict[str, str]:
-    """Turn a folder's one file into two shards and an index; returns the weight map."""
+    """Turn a folder's one file into two shards and an index. Returns the weight map."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, weight_map = sorted(tensors), {}

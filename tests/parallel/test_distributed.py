@@ -1,4 +1,4 @@
-"""Two and three processes do what one does: the same rollouts, gradients, refusals; when one dies, the others say so
+"""Two and three processes equal one: the same rollouts, gradients, refusals. When one dies, the others say so
 and end."""
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def steps(folder: Path, task=None, reference=None, **settings) -> dict:
 
 
 def rollouts(folder: Path) -> list:
-    """Seven prompts, of which the first five come again: copies get answers of their own, on whatever rank they are."""
+    """Seven prompts, of which the first five come again: copies get answers of their own, on any rank."""
     tokenizer = Tokenizer.from_pretrained(folder)
     batch = MiniBatch.from_problems(EvenLetters().problems("train", 7), tokenizer)
     episodes = rollout(make_model(), tokenizer, EvenLetters(), batch, SamplingParams(2, 12), seed=3, first_group_id=40)
@@ -123,7 +123,7 @@ def rollouts(folder: Path) -> list:
 
 
 def small_things() -> dict:
-    """What the ranks say to one another."""
+    """Messages between ranks."""
     rank, n = distributed.rank(), distributed.world_size()
     weights = [torch.arange(6.0).view(2, 3), torch.ones(3, dtype=torch.bfloat16)]
     distributed.check_equal_weights(weights, 1)
@@ -175,13 +175,13 @@ def everything(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, list[dict]]:
-    """Number of processes -> what each of them computed."""
+    """Number of processes -> the results of each."""
     folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     return {1: [everything(folder)]} | {n: values_of(run_ranks(n, everything, folder)) for n in (2, 3)}
 
 
 def assert_close(found, expected, where: str) -> None:
-    """Tensors to RTOL of their largest entry, numbers to 1e-5 of themselves, the rest exactly; times are left out."""
+    """Tensors to RTOL of their largest entry, numbers to 1e-5 of themselves, the rest exactly. Times are left out."""
     if isinstance(expected, dict):
         for key in expected:
             if not TIMING.search(str(key)):
@@ -206,7 +206,7 @@ def assert_close(found, expected, where: str) -> None:
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("name", ["dapo", "grpo", "gspo", "one group learns"])
 def test_gradients_and_metrics_are_those_of_one_process(results, n, name):
-    """CHECKLIST 17: uneven groups; and one group alone that learns, so that the other ranks have nothing to do."""
+    """CHECKLIST 17: uneven groups, and one group alone that learns, so that the other ranks have nothing to do."""
     [expected] = (result[name] for result in results[1])
     assert all(grad.abs().max() > 0 for grad in expected["gradients"].values())
     for rank, result in enumerate(results[n]):
@@ -245,7 +245,7 @@ def test_rollouts_are_the_same_token_for_token(results, n):
 @pytest.mark.parametrize("name", RUNS)
 def test_three_steps_lead_where_those_of_one_process_lead(results, n, name):
     """Groups that are dropped and drawn again, statistics over the batch, a share of all tokens, two updates a rollout,
-    adapters, references; and fewer prompts than ranks."""
+    adapters, references, and fewer prompts than ranks."""
     [expected] = (result[name] for result in results[1])
     for rank, result in enumerate(results[n]):
         assert_close(result[name], expected, f"rank {rank} of {n}, {name}")
@@ -291,7 +291,7 @@ def test_weights_that_differ_are_found_and_the_rank_is_named(results, n):
 
 
 def gradients_on_a_gpu() -> dict:
-    """The summed gradient and weights of a model on this rank's GPU; the process's own number is its device's."""
+    """The summed gradient and weights of a model on this rank's GPU. The process's own number is its device's."""
     model = make_model().cuda()
     recorder = Recorder(model)
     update_policy(model, recorder, uneven_episodes(), max_grad_norm=1e9, micro_batch_tokens=40)
@@ -312,7 +312,7 @@ def test_gradients_over_nccl_are_those_of_one_process():
 
 
 def test_groups_go_to_the_ranks_by_their_tokens(monkeypatch):
-    """Every group to one rank; none has more than another by a group; those that learn are even by themselves."""
+    """Every group to one rank. None has more than another by a group. Those that learn are even by themselves."""
     episodes = make_episodes(groups=9, n=3)
     learning = {0, 3, 4, 7}
     episodes = [dataclasses.replace(e, advantage=float(e.group_id in learning)) for e in episodes]
@@ -400,7 +400,7 @@ sys.exit(train.main())
 
 
 def test_torchrun_a_death_a_restart_and_a_signal(checkpoint_folder, tmp_path):
-    """Rank 1 is killed in step 3; torchrun starts both again, they go on from step 2; in step 5 rank 1 alone is asked
+    """Rank 1 is killed in step 3. torchrun starts both again, they go on from step 2. In step 5 rank 1 alone is asked
     to stop, and both stop after it, with a checkpoint."""
     main, run_dir = tmp_path / "main.py", tmp_path / "run"
     main.write_text(MAIN.format(root=str(ROOT), tests=str(ROOT / "tests")))

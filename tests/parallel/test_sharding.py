@@ -33,7 +33,7 @@ class ShardedRecorder(ShardedAdamW):
 
 
 def sliced_gradients(episodes, **options) -> dict:
-    """The gradient of a sharded model, in one piece, and the metrics; of one that is not, from the recorder."""
+    """The gradient of a sharded model, in one piece, and the metrics. Of one that is not, from the recorder."""
     model = make_model(make_config(**UNEVEN))
     model.model.gradient_checkpointing = options.pop("gradient_checkpointing", False)
     episodes = near(make_model(make_config(**UNEVEN)), episodes)
@@ -52,7 +52,7 @@ def sliced_gradients(episodes, **options) -> dict:
 
 
 def memory_of_a_rank() -> dict:
-    """Bytes of weights, and of optimizer state, on this rank; and whether a whole copy is the model that was."""
+    """Bytes of weights, and of optimizer state, on this rank, and whether a whole copy is the model that was."""
     model = shard(make_model())
     optimizer = ShardedAdamW(trainable(model), lr=0.1)
     for p in optimizer.sharded:
@@ -83,7 +83,7 @@ def runs_out_of_memory() -> str:
 
 
 def sliced_steps(folder: Path, **settings) -> dict:
-    """`steps` of test_distributed with a sharded model; the weights in one piece."""
+    """`steps` of test_distributed with a sharded model. The weights in one piece."""
     kept, real = [], grpo.GRPO.__init__
 
     def remember(trainer, *args, **options):
@@ -182,7 +182,7 @@ def job(*words: object) -> int:
 
 @pytest.fixture(autouse=True)
 def _the_job_takes_over():
-    """Ctrl-C, and here the task; give them back."""
+    """Ctrl-C, and here the task. Give them back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     task = train.task_from_config
     yield

@@ -1,6 +1,6 @@
 """Several processes roll out a task with a tool as one process does, and compute the same gradient.
 
-CHECKLIST 66.
+CHECKLIST 73.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""decode_graph.py and decoding.py: a recorded step equals the plain one, stays static, never waits; rows are reused.
+"""decode_graph.py and decoding.py: a recorded step equals the plain one, stays static, never waits. Rows are reused.
 
 There need be no GPU: `recorded` stands in for CUDA's capture. It traces the step into the operations that it performs
 on the very tensors that it touches, with every number of Python's frozen, and replays those and nothing else.
@@ -99,7 +99,7 @@ def test_replays_change_nothing_but_numbers(tokenizer):
 
 
 def test_a_step_reads_no_number_back(tokenizer):
-    """On the meta device there are no numbers: whatever would wait (item, tolist, nonzero, a branch) raises."""
+    """On the meta device there are no numbers: every call that would wait (item, tolist, nonzero, a branch) raises."""
     model = make_model()
     decoder = decoder_for(model, tokenizer, top_k=5, top_p=0.9, min_p=0.1)
     with torch.inference_mode():
@@ -167,7 +167,7 @@ def test_prompts_are_prefilled_in_bounded_pieces(tokenizer, monkeypatch):
 
 
 def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatch, tokenizer):
-    """Rows are as many as a part of memory holds, whatever max_rows says; at least one."""
+    """Rows are as many as a part of memory holds, for any max_rows. At least one."""
     model, given = make_model(), []
     token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
@@ -285,7 +285,7 @@ def test_a_kept_decoder_does_not_keep_the_model(tokenizer, gpu):
 
 
 def test_large_decoders_are_not_kept(tokenizer, monkeypatch, gpu):
-    """The update needs the memory: what is kept takes at most a share of the device's, the newest first."""
+    """The update needs the memory: kept decoders take at most a share of the device's, the newest first."""
     model = stopping_model(1.0).to("cuda")
     sampled(model, tokenizer)
     size = shelf.nbytes(model)
@@ -338,7 +338,7 @@ def test_logits_that_are_not_finite_are_refused(value, temperature, tokenizer):
 
 @pytest.mark.parametrize("capture", [None, recorded])
 def test_a_special_token_may_be_a_stop_string(capture, tokenizer):
-    """257 is <|im_start|>, no stop id; the string ends with it, looked for at every token or every 16."""
+    """257 is <|im_start|>, no stop id. The string ends with it, looked for at every token or every 16."""
     model = stopping_model(2.0, (257,))
     decoder = decoder_for(model, tokenizer, capture, n=12, stop=("<|im_start|>",))
     answers = decoder.run()
@@ -355,3 +355,14 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer):
     assert stop_string_end(ids[4:], 2, ("ab",), tokenizer) == 4
     assert stop_string_end(ids[:5], 1, ("bx",), tokenizer) == 5
     assert stop_string_end(ids, 8, ("abc",), tokenizer) is None
+
+
+def test_recorded_steps_keep_the_same_ids(tokenizer):
+    """A step that is recorded once and replayed, as a CUDA graph is, fills the table of the kept ids, too."""
+    settings = {"top_k": 5, "top_p": 0.9, "keep_mask": True}
+    recorded = decoder_for(make_model(), tokenizer, **settings).run()
+    plain = decoder_for(make_model(), tokenizer, capture=None, **settings).run()
+    assert_same(recorded, plain)
+    for row, length in enumerate(plain.lengths.tolist()):
+        assert torch.equal(recorded.kept[row, :length], plain.kept[row, :length])
+    assert (plain.kept >= 0).any()

@@ -69,7 +69,7 @@ def stopping_model(bias: float, stops: tuple[int, ...] = (256, 258)):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_answers_are_those_of_a_plain_sampler(temperature, tokenizer):
-    """CHECKLIST 27, CHECKLIST 36. Ragged prompts, rows that leave: id for id what full forwards give."""
+    """CHECKLIST 27, CHECKLIST 36. Ragged prompts, rows that leave: id for id those of full forwards."""
     model = stopping_model(2.0)
     completions = answers(model, PROMPTS, tokenizer, temperature=temperature)
     uniforms = generation.uniform_numbers(PROMPTS, SamplingParams(n=3, max_new_tokens=12), seed=0)
@@ -93,7 +93,7 @@ def test_logprobs_are_those_training_computes(temperature, filters, tokenizer):
 
 
 def test_greedy_takes_the_likeliest_each_time(tokenizer):
-    """Temperature 0; the log-probability stays that of temperature 1."""
+    """Temperature 0. The log-probability stays that of temperature 1."""
     model = make_model()
     for completion in answers(model, PROMPTS, tokenizer, temperature=0.0, n=1):
         ids = completion.prompt_ids + completion.response_ids
@@ -103,7 +103,7 @@ def test_greedy_takes_the_likeliest_each_time(tokenizer):
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(tokenizer):
-    """CHECKLIST 6. The head has 275 rows, the tokenizer 259 ids; the 16 others are by far the likeliest."""
+    """CHECKLIST 6. The head has 275 rows, the tokenizer 259 ids. The 16 others are by far the likeliest."""
     model = make_model(make_config(tie_word_embeddings=False))
     with torch.no_grad():
         model.lm_head.weight[259:] = 50 * model.lm_head.weight[:16]
@@ -171,7 +171,7 @@ def test_stopping_on_the_last_allowed_token_is_a_stop(tokenizer):
 
 @pytest.mark.parametrize("stop", ["ab", "éé", "b", "\n\n"])
 def test_stop_strings_end_an_answer_where_they_are_completed(stop, tokenizer):
-    """The string stays in the text; a model that only says a, b, é and line breaks meets them often."""
+    """The string stays in the text. A model that only says a, b, é and line breaks meets them often."""
     model = stopping_model(-20.0)
     wanted = sorted({i for text in ("a", "b", "é", "\n") for i in tokenizer.encode(text)})
     others = torch.tensor([i for i in range(275) if i not in wanted])
@@ -247,7 +247,7 @@ def test_samples_of_a_prompt_differ_and_so_do_copies_of_a_prompt(tokenizer):
 
 
 def test_the_same_seed_gives_the_same_answers(tokenizer):
-    """CHECKLIST 38. Whatever torch's own generator did in between; and another seed gives others."""
+    """CHECKLIST 38. For any use of torch's own generator in between, and another seed gives others."""
     model = make_model()
     first = answers(model, PROMPTS, tokenizer, seed=5)
     torch.manual_seed(123)
@@ -289,7 +289,7 @@ def assert_fits(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("vocabulary", [16, 17, 100, 103, 259])
 def test_inverse_cdf_draws_by_the_weights(vocabulary):
-    """CHECKLIST 36. Chi-square, with vocabularies that are no square number; a weight of 0 is never drawn."""
+    """CHECKLIST 36. Chi-square, with vocabularies that are no square number. A weight of 0 is never drawn."""
     generator = torch.Generator().manual_seed(vocabulary)
     weights = torch.randn(vocabulary, generator=generator).exp()
     weights[torch.randperm(vocabulary, generator=generator)[: vocabulary // 5]] = 0.0
@@ -343,7 +343,7 @@ def test_generate_samples_the_softmax(tokenizer):
 
 
 def kept_by_definition(probabilities: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
-    """min-p, then top-k, then top-p on what is left, by sorting."""
+    """min-p, then top-k, then top-p on the rest, by sorting."""
     order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
     order = [i for i in order if probabilities[i] >= min_p * probabilities[order[0]]]
     order = order[:top_k] if top_k else order
@@ -360,7 +360,7 @@ def kept_by_definition(probabilities: list[float], top_k: int, top_p: float, min
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
 def test_filters_keep_what_their_definitions_keep(top_k, top_p, min_p):
-    """CHECKLIST 4. And leave the weights of what they keep as they are."""
+    """CHECKLIST 4. And leave the weights of kept tokens as they are."""
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(1)) * 2
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
@@ -372,7 +372,7 @@ def test_filters_keep_what_their_definitions_keep(top_k, top_p, min_p):
 
 
 def test_a_filtered_id_is_never_drawn(tokenizer):
-    """CHECKLIST 36. And what is kept is drawn by its share of what is kept."""
+    """CHECKLIST 36. And each kept token is drawn by its share of the kept weight."""
     logits = torch.randn(259, generator=torch.Generator().manual_seed(2)) * 2
     params = SamplingParams(top_k=60, top_p=0.8, temperature=1.3)
     u = torch.rand(40_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -433,7 +433,7 @@ def test_generating_between_updates_leaves_training_alone(tokenizer):
 
 
 def test_packed_weights_are_forgotten_when_a_call_ends(tokenizer, monkeypatch):
-    """CHECKLIST 28. Also when it ends by an error; a packed weight left behind would cut training's gradients."""
+    """CHECKLIST 28. Also when it ends by an error. A packed weight left behind would cut training's gradients."""
     model, seen = make_model(make_config(tie_word_embeddings=False)).bfloat16(), []
 
     def packed() -> list[bool]:
@@ -479,7 +479,8 @@ def test_bf16_answers_are_scored_near_rounding(pack_weights, tokenizer, monkeypa
 
 
 def test_an_answer_ends_where_logits_are_not_finite_or_the_call_is_refused(tiny_model, tmp_path):
-    """CHECKLIST 44: one token of the vocabulary has an embedding that overflows; who draws it cannot go on."""
+    """CHECKLIST 44: one token of the vocabulary has an embedding that overflows. A response that draws it cannot go
+    on."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
     tokenizer.eos_token_ids = (256,)  # of logits that are no numbers the last id is drawn: it must not be a stop id
     prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(n=4, max_new_tokens=12)

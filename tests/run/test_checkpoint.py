@@ -87,7 +87,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_training_goes_on_bit_for_bit(tmp_path, dtype, amsgrad):
-    """CHECKLIST 42 and 31: weights, fp32 masters and moments, settings; and three more steps give the same bits."""
+    """CHECKLIST 42 and 31: weights, fp32 masters and moments, settings, and three more steps give the same bits."""
     settings = {"lr": 1 / 3000, "betas": (0.85, 0.97), "weight_decay": 0.1, "amsgrad": amsgrad}
     model = small_model(dtype=dtype)
     parameters = list(model.parameters())
@@ -329,7 +329,7 @@ CALLS = ["fsync", "rename", "replace", "open", "mkdir", "write_text", "save_file
 
 
 def fail_at(monkeypatch, call: str, n: int) -> list[int]:
-    """Let the n-th use of a call raise "disk full"; the list that is returned has the number of uses so far."""
+    """Let the n-th use of a call raise "disk full". The list that is returned has the number of uses so far."""
     owner = {"write_text": Path, "mkdir": Path, "save_file": checkpoint, "rmtree": shutil}.get(call, os)
     owner = Tokenizer if call == "save_pretrained" else owner
     real, uses = getattr(owner, call), [0]
@@ -348,7 +348,7 @@ def fail_at(monkeypatch, call: str, n: int) -> list[int]:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.filterwarnings("ignore:cannot delete the old checkpoint")
 def test_a_disk_that_refuses_any_one_call_leaves_a_whole_checkpoint(run, monkeypatch, call, again):
-    """CHECKLIST 43: every use of every call in turn; the previous or the new one loads, and the next save works."""
+    """CHECKLIST 43: every use of every call in turn. The previous or the new one loads, and the next save works."""
     step, n, failures = 1, 0, 0
     run(step)
     while True:
@@ -559,7 +559,7 @@ def test_a_save_that_fails_leaves_no_litter(run, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["weight", "state"])
 def test_nothing_that_is_not_finite_is_saved(tmp_path, value, where):
-    """CHECKLIST 44: neither weights nor moments; the checkpoint before stays, and nothing is left over."""
+    """CHECKLIST 44: neither weights nor moments. The checkpoint before stays, and nothing is left over."""
     model = small_model()
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, 1)
@@ -574,7 +574,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, value, where):
 
 
 def test_unsound_checkpoints_push_no_sound_one_out(run):
-    """CHECKLIST 44: the newest are kept whatever they are, and `keep` sound ones with them."""
+    """CHECKLIST 44: the newest are kept in any state, and `keep` sound ones with them."""
     for step, sound in enumerate([True, True, False, False, True, False]):
         run(step, keep=2, sound=sound)
     assert names(run.folder) == ["latest", "step-000001", "step-000004", "step-000005"]
@@ -591,7 +591,7 @@ def test_state_must_be_json(run):
 
 
 def test_masters_are_stored_in_fp32(run):
-    """CHECKLIST 31: what is on the disk is the master, not the bf16 weight."""
+    """CHECKLIST 31: the disk has the master, not the bf16 weight."""
     tensors = load_file(run(1) / "optimizer.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert any(not torch.equal(t, t.bfloat16().float()) for name, t in tensors.items() if name.endswith("master"))

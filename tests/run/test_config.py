@@ -224,7 +224,7 @@ def test_help_names_every_field_under_its_title():
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A working folder with two runs that have checkpoints; b is the newer one."""
+    """A working folder with two runs that have checkpoints. B is the newer one."""
     monkeypatch.chdir(tmp_path)
     for age, name in ((200, "a"), (100, "b")):
         latest = tmp_path / "runs" / name / "checkpoints" / "latest"

@@ -1,4 +1,4 @@
-"""A broken line costs itself and no other, wherever it is; a resume finds the order of the steps again."""
+"""A broken line costs itself and no other, wherever it is. A resume finds the order of the steps again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and resumed are the undisturbed run, bit for bit; long ones do not grow."""
+"""Runs that are killed at random moments and resumed are the undisturbed run, bit for bit. Long ones do not grow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def script(name: str, *words: object) -> dict:
-    """Run a script of benchmarks/ in a process of its own; the results in its last line."""
+    """Run a script of benchmarks/ in a process of its own. The results in its last line."""
     command = [sys.executable, BENCHMARKS / name, *words]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -26,7 +26,7 @@ def script(name: str, *words: object) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
 def test_runs_killed_at_random_moments_resume_bit_for_bit(kills):
-    """CHECKLIST 42, 43: SIGKILL in the start-up, in a step, inside a save, and again in the resumed run; weights,
+    """CHECKLIST 42, 43: SIGKILL in the start-up, in a step, inside a save, and again in the resumed run. Weights,
     masters, moments, random states, metrics, samples and TensorBoard events, with several updates a rollout, with
     and without adapters."""
     results = script("kills.py", "--kills", kills)

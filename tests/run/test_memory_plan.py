@@ -192,7 +192,7 @@ def test_advice_for_a_card_that_is_too_small_says_so():
 
 @pytest.mark.parametrize(("card", "flag"), [(9, "--lora-rank 16"), (80, "--optimizer-state device")])
 def test_advice_looks_at_the_host_too(card, flag, monkeypatch):
-    """On a host that is too small the state moves to a card that holds it; else there is less of it."""
+    """On a host that is too small the state moves to a card that holds it. Else there is less of it."""
     monkeypatch.setattr(memory_plan, "host_memory", lambda: 4 * GIB)
     text = advice_for(card, "host")
     assert "exceeds the host" in text

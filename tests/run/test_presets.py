@@ -1,4 +1,4 @@
-"""Every preset in configs/ parses, says what memory it needs, and dry-runs on a random two-layer model."""
+"""Every preset in configs/ parses, states its memory, and dry-runs on a random two-layer model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data_files(tmp_path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_dry_runs(preset, checkpoint_folder, data_files, tmp_path, capsys, monkeypatch):
-    """Lengths are scaled down by flags; the loss, the adapters and all other options are the preset's."""
+    """Lengths are scaled down by flags. The loss, the adapters and all other options are the preset's."""
     monkeypatch.chdir(tmp_path)
     flags = [*SCALED, "--ckpt", str(checkpoint_folder), "--device", "cpu", "--prompt-style", "short", "--dry-run"]
     config = parse_args(["--config", str(preset), *SCALED, "--overlong-buffer", "0"])

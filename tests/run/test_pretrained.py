@@ -1,4 +1,4 @@
-"""Where a checkpoint's name leads, and that what is bundled loads."""
+"""Where a checkpoint's name leads, and that the bundled model loads."""
 
 from __future__ import annotations
 
@@ -115,6 +115,7 @@ def write_config(folder: Path) -> Path:
     ],
 )
 def test_a_wrong_name_gets_the_hint_that_fits(name, words, offline):
+    """CHECKLIST 70."""
     for step in (10, 20):
         folder = write_config(offline / "runs" / "mine-2" / "checkpoints" / f"step-{step}")
         os.utime(folder / "config.json", (step, step))

@@ -1,4 +1,4 @@
-"""A resume applies an option or refuses it, with a remedy that works; config.yaml says what ran."""
+"""A resume applies an option or refuses it, with a remedy that works. The file config.yaml has the options that ran."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _even_letters(monkeypatch):
 
 @pytest.fixture
 def finished(checkpoint_folder, tmp_path):
-    """A function that makes a run of two steps, each of them saved; its folder."""
+    """A function that makes a run of two steps, each of them saved. Its folder."""
 
     def finish(*words: object):
         options = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 2, "--save-every", 1]

@@ -1,4 +1,4 @@
-"""One program per run folder: the second one is refused and told who the first one is; a kill frees the folder."""
+"""One program per run folder: the second one is refused, with the name of the first. A kill frees the folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def running(checkpoint_folder, tmp_path):
 
 
 def test_a_run_that_goes_on_is_not_resumed_and_a_killed_one_is(running, capsys):
-    """In one line with the process; after `kill -9` nothing has to be cleared away."""
+    """In one line with the process. After `kill -9` nothing has to be cleared away."""
     process, run_dir = running
     for words in (["--resume", run_dir], ["--run-dir", run_dir], ["--resume", "auto", "--run-dir", run_dir]):
         line = refused(capsys, *words, "--steps", 3)

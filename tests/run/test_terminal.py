@@ -1,4 +1,4 @@
-"""A failing print changes neither the files of a run nor an exit code; text of others cannot steer the terminal."""
+"""A failing print changes neither the files of a run nor an exit code. Text of others cannot steer the terminal."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_run_goes_on_to_its_end_and_says_once_that_nobody_reads(checkpoint_fol
 
 @pytest.mark.parametrize("faults", [*FAULTS, "stderr full"])
 def test_a_run_saves_the_same_whatever_becomes_of_its_streams(checkpoint_folder, tmp_path, faults):
-    """Both streams, from the first line on; a metric file must not be written by a print to a closed handle."""
+    """Both streams, from the first line on. A metric file must not be written by a print to a closed handle."""
     run_dir = tmp_path / "run"
     words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--steps", 3, "--save-every", 1, *TINY]
     assert code_with(faults, "train.py", *words) == 0
@@ -193,7 +193,7 @@ def test_ctrl_c_into_a_pipe_whose_reader_dies_of_it_saves_the_run(checkpoint_fol
 
 
 def test_a_terminal_that_is_closed_saves_the_run(checkpoint_folder, tmp_path):
-    """CHECKLIST 45: SIGHUP comes from the kernel, and again from the shell; every print fails with EIO."""
+    """CHECKLIST 45: SIGHUP comes from the kernel, and again from the shell. Every print fails with EIO."""
     run_dir = tmp_path / "run"
     words = ["--ckpt", checkpoint_folder, "--run-dir", run_dir, "--save-every", 0, "--eval-every", 0, *TINY]
     import pty  # POSIX only
@@ -285,7 +285,7 @@ def test_a_line_beside_the_display_may_be_the_first_that_nobody_reads(tmp_path, 
 
 
 class Failing(io.RawIOBase):
-    """Fails with the errors given, one a write; None: the write succeeds."""
+    """Fails with the errors given, one a write. None: the write succeeds."""
 
     def __init__(self, *errors: int | None):
         self.errors, self.written = list(errors), b""

@@ -35,7 +35,7 @@ def texts_of(folder) -> dict[str, list[tuple[int, str]]]:
 
 
 def test_samples_are_texts_in_tensorboard(tmp_path):
-    """Two of each step, and the same held-out problems every time; as code, so that no response is a picture."""
+    """Two of each step, and the same held-out problems every time. As code, so that no response is a picture."""
     decode = str
     with RunLog(tmp_path, Config(), total_steps=2) as log:
         log.log_held_out(0, [episode("before", 0.0)], False, decode)

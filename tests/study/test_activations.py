@@ -1,4 +1,4 @@
-"""Every activation by name, and a change on the way: equal to what one computes by hand."""
+"""Every activation by name, and a change on the way: equal to values computed by hand."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from conftest import make_config, make_model
 import explain
 from qwen2_llm import Qwen2ForCausalLM
 from run.pretrained import locate_pretrained
+from study.live import live, reads_like_qwen2
 from tokenizer import Tokenizer
 
 NODE = shutil.which("node")
@@ -28,7 +29,7 @@ ALPHABET = "abzAZ019 \t\n\r'.,!?<>|=+*/()[]{}_-éßñ½²٣你好🙂\u0301\u00a
 def run_node(body: str, given: dict) -> object:
     """What the function body returns for `given`, with the names of qwen2.js in reach."""
     script = f"""
-        const {{ Qwen2, BPE, filtered }} = require({json.dumps(str(PAGES / "qwen2.js"))});
+        const {{ Qwen2, fp32, BPE, filtered }} = require({json.dumps(str(PAGES / "qwen2.js"))});
         const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
         process.stdout.write(JSON.stringify((() => {{ {body} }})()));
     """
@@ -45,12 +46,12 @@ def run_node(body: str, given: dict) -> object:
 def test_logits_of_every_family_are_pytorchs(changes):
     model: Qwen2ForCausalLM = make_model(make_config(**changes))
     tokenizer = Tokenizer.from_pretrained(locate_pretrained("countdown-tiny"))
-    live = explain.live([model], tokenizer, {}, ("", "", ""))
+    facts = live([model], tokenizer, {}, ("", "", ""))
     ids = torch.randint(275, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     logits = run_node(
-        """const model = new Qwen2(given.config, given.live, given.live.weights[0]), cache = model.newCache();
+        """const model = new Qwen2(given.config, given.live, fp32(given.live.weights[0])), cache = model.newCache();
            return given.ids.map((id) => Array.from(model.step(id, cache).logits));""",
-        {"config": model.config.to_dict(), "live": live, "ids": ids},
+        {"config": model.config.to_dict(), "live": facts, "ids": ids},
     )
     torch.testing.assert_close(torch.tensor(logits), model(torch.tensor([ids]))[0], atol=1e-4, rtol=1e-4)
 
@@ -71,8 +72,8 @@ def test_ids_of_random_texts_are_pythons():
 
 def test_only_tokenizers_that_the_page_can_read_make_it_live():
     description = json.loads((locate_pretrained("countdown-tiny") / "tokenizer.json").read_text())
-    assert explain.reads_like_qwen2(description)
+    assert reads_like_qwen2(description)
     digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
     for change in ({"normalizer": None}, {"pre_tokenizer": digits}, {"pre_tokenizer": {"type": "ByteLevel"}},
                    {"model": {"type": "Unigram"}}):  # fmt: skip
-        assert not explain.reads_like_qwen2(description | change)
+        assert not reads_like_qwen2(description | change)

@@ -1,4 +1,4 @@
-"""What the page of a run shows is what the run's files hold, with intervals."""
+"""The page of a run shows the numbers of the run's files, with intervals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_band_is_the_interval_of_as_many_answers_as_there_were_problems(tmp_
 
 
 def test_the_band_of_a_step_with_all_its_samples_is_of_the_spread_between_problems(tmp_path):
-    """Step 1 is whole, its problems solved by half and by none; of step 2 one answer of four was not kept."""
+    """Step 1 is whole, its problems solved by half and by none. Of step 2 one answer of four was not kept."""
     right = [(1, 10, 1), (1, 10, 0), (1, 11, 0), (1, 11, 0), (2, 20, 1), (2, 20, 0), (2, 21, 1)]
     samples = [sample(step, group, i) for step, group, i in right]
     charts = {c["title"]: c["lines"] for c in facts_of(write_run(tmp_path / "a", samples=samples))["charts"]}

@@ -1,4 +1,4 @@
-"""Whatever stands in a run's files, it is read, left out with a note, or refused in one line. Never a traceback."""
+"""Every content of a run's files is read, left out with a note, or refused in one line. Never a traceback."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def changes_of(record: Any, rng: random.Random) -> Any:
 
 
 def change_one(folder: Path, rng: random.Random) -> str:
-    """Change one value in one file of the run; which file."""
+    """Change one value in one file of the run. Which file."""
     name = rng.choice(
         ["metrics.jsonl", "samples.jsonl", "samples.jsonl", "held_out.jsonl", "machine.json", "config.yaml"]
     )
@@ -63,7 +63,7 @@ def change_one(folder: Path, rng: random.Random) -> str:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_one_changed_value_never_ends_in_a_traceback(tmp_path, capsys, seed, monkeypatch):
-    """1,000 changes: exit code 0 and a page of valid JSON, or exit code 2; on standard error only single lines."""
+    """1,000 changes: exit code 0 and a page of valid JSON, or exit code 2. On standard error only single lines."""
     monkeypatch.setattr(report.plotly.offline, "get_plotlyjs", lambda: "")  # 4.8 MB that this test does not need
     rng = random.Random(seed)
     for i in range(50):

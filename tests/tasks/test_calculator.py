@@ -1,6 +1,6 @@
 """The calculator as an environment: exact results, errors that are results, calls in wrong places, prices.
 
-CHECKLIST 68.
+CHECKLIST 75.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def gsm8k_rows(n: int, start: int = 0) -> list[dict]:
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_gsm8k_reads_its_released_folder(tmp_path, suffix):
-    """The Hub's layout: main/ and socratic/, a train and a test file in each; only main is read."""
+    """The Hub's layout: main/ and socratic/, a train and a test file in each. Only main is read."""
     for subset, first in (("main", 0), ("socratic", 9000)):
         write_rows(tmp_path / subset / f"train-00000-of-00001{suffix}", gsm8k_rows(5, first + 1000))
         write_rows(tmp_path / subset / f"test-00000-of-00001{suffix}", gsm8k_rows(3, first))

@@ -7,7 +7,9 @@ import json
 import pytest
 
 import train
-from data_types import Episode, Problem, Reward
+from data_types import Episode, MiniBatch, Problem, Reward
+from grpo import GRPO
+from run.config import Config
 from tasks.metric_names import TASK_DIAGNOSTICS, check_names, name_problem
 from tasks.task_base import Task
 from update.step_metrics import reward_metrics
@@ -69,3 +71,25 @@ def test_names_of_a_task_in_the_same_process_are_checked():
     task.names = ("mine", "reward")
     with pytest.raises(ValueError, match="diagnostic: the name reward is one of the run's own metrics"):
         reward_metrics([episode], task)
+
+
+class Counted(Own):
+    calls = 0
+
+    def reward(self, problem, response):
+        self.calls += 1
+        return Reward(float(self.calls), {"answer": 1.0})
+
+
+def test_the_reward_of_a_task_in_the_same_process_is_called_once_for_each_response():
+    """CHECKLIST 63: the default diagnostics take the reward that is known, and the metrics take these diagnostics."""
+    task = Counted()
+    trainer = GRPO(Config(prompts_per_step=2, group_size=3, max_new_tokens=8), task=task)
+    batch = MiniBatch.from_problems([Problem(f"p{i}", [{"role": "user", "content": "?"}], i) for i in range(2)],
+                                    trainer.tokenizer)  # fmt: skip
+    metrics = trainer.step(batch)[1]
+    assert task.calls == 6
+    assert metrics["solved"] == 1.0
+    assert metrics["own"] == 5.0
+    assert task.diagnostics(batch.problems[0], "another response")["solved"] == 1.0
+    assert task.calls == 7

@@ -292,6 +292,23 @@ def test_options_that_cannot_be_meant_are_refused(tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("countdown", {"question": "A?", "answer": 1}, "no column nums, target; .*; did you mean --task jsonl?"),
+        ("jsonl", {"nums": [1, 2], "target": 3}, "no column question, answer; .*; did you mean --task countdown?"),
+        ("jsonl", {"problem": "A?", "solution": "1"}, "; did you mean --task math?"),
+        ("gsm8k", {"question": "A?", "answer": 1}, "expected text in question and answer, found 1; .* --task jsonl"),
+        ("gsm8k", {"question": " ", "answer": "#### 1"}, "expected text in question and answer, found ' '"),
+        ("gsm8k", {"question": "A?", "answer": "1"}, "no final answer in answer: .*'1'; .* take --task jsonl"),
+    ],
+)
+def test_rows_of_another_task_name_it(tmp_path, task, row, message):
+    file = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        make_task(task, data=str(file))
+
+
 def test_files_of_windows_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "A?", "answer": "B"}\r\n' * 1)
     assert list(make_task("jsonl", data=str(tmp_path / "a.jsonl"))) == [("A?", "B")]

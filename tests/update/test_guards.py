@@ -1,4 +1,4 @@
-"""A refused update names tensor and episode; too many end the run; signs of a collapse are told now and then."""
+"""A refused update names tensor and episode. Too many end the run. Signs of a collapse are told now and then."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def even_letters(monkeypatch):
 
 
 def episodes() -> list[Episode]:
-    """Two groups of two; the sampler said -5 of every token."""
+    """Two groups of two. The sampler said -5 of every token."""
     return [
         Episode(i // 2, [1, 2, 3 + i // 2], [10 + i, 20, 30], [-5.0] * 3, "", "stop", advantage=1.0 - 2 * (i % 2))
         for i in range(4)
@@ -39,7 +39,7 @@ def episodes() -> list[Episode]:
 
 
 def refuse(model: Qwen2ForCausalLM, batch: list[Episode]) -> str:
-    """The diagnosis of a refused update, after which weights and moments are what they were."""
+    """The diagnosis of a refused update, after which weights and moments are unchanged."""
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     guard = Guard()
@@ -83,8 +83,8 @@ def test_a_log_probability_of_the_policy_is_named_with_its_episode(tiny_model, m
     """CHECKLIST 44: the model says NaN of one token only, in every pass."""
     real = scoring.token_logprobs
 
-    def nan_for_token_12(hidden, weight, targets, *args):
-        logp, entropy = real(hidden, weight, targets, *args)
+    def nan_for_token_12(hidden, weight, targets, *args, **kept):
+        logp, entropy = real(hidden, weight, targets, *args, **kept)
         return torch.where(targets == 12, math.nan, logp), entropy
 
     monkeypatch.setattr(scoring, "token_logprobs", nan_for_token_12)
@@ -94,7 +94,7 @@ def test_a_log_probability_of_the_policy_is_named_with_its_episode(tiny_model, m
 
 
 def test_whichever_rank_had_the_episode_it_is_named(tiny_model, monkeypatch):
-    """CHECKLIST 44: a rank whose episodes are all finite still says something; the other one knows better."""
+    """CHECKLIST 44: a rank whose episodes are all finite still says something. The other one knows better."""
     own = dataclasses.replace(episodes()[1], advantage=math.inf)
     elsewhere = "the entropy is not finite; the first such episode is number 7"
     monkeypatch.setattr(guards.distributed, "gather_each", lambda said: ["the loss is not finite", elsewhere])
@@ -248,7 +248,7 @@ def test_a_resumed_run_counts_on_and_one_that_was_ended_begins_to_count_anew(
 def test_weights_that_are_not_finite_end_the_run_though_no_answer_can_be_sampled(
     checkpoint_folder, tmp_path, even_letters, monkeypatch, capsys, caplog
 ):
-    """CHECKLIST 44: broken after step 1; evaluations go on without their answers, and the diagnosis is the weight."""
+    """CHECKLIST 44: broken after step 1. Evaluations go on without their answers, and the diagnosis is the weight."""
     real = GRPO.step
 
     def step(trainer, *args):
@@ -268,7 +268,7 @@ def test_weights_that_are_not_finite_end_the_run_though_no_answer_can_be_sampled
 
 
 def test_the_other_doors_end_in_one_line(checkpoint_folder, tmp_path, monkeypatch, capsys):
-    """CHECKLIST 46: finite weights whose logits overflow; an evaluation of such a model would mean nothing."""
+    """CHECKLIST 46: finite weights whose logits overflow. An evaluation of such a model would mean nothing."""
     model = Qwen2ForCausalLM.from_pretrained(checkpoint_folder)
     model.model.norm.weight.data *= 1e30
     model.model.embed_tokens.weight.data *= 1e10

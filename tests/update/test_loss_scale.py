@@ -59,7 +59,7 @@ def update(dtype: torch.dtype, scale: LossScale | None = None, **options) -> tup
     "options", [{}, {"entropy_coef": 0.01}, {"loss_type": "gspo"}, {"micro_batch_tokens": 20}], ids=str
 )
 def test_gradients_in_fp16_are_those_of_fp32(options):
-    """CHECKLIST 17. Norms, log-probabilities and losses are computed in fp32; the rest is fp16's rounding."""
+    """CHECKLIST 17. Norms, log-probabilities and losses are computed in fp32. The rest is fp16's rounding."""
     (half, found), (full, expected) = update(torch.float16, **options), update(torch.float32, **options)
     assert found["loss_scale"] == FIRST
     assert "loss_scale" not in expected
@@ -70,7 +70,7 @@ def test_gradients_in_fp16_are_those_of_fp32(options):
 
 
 def test_without_a_scale_small_gradients_would_be_lost():
-    """What the scale is for: the advantages are so small that most gradients are below fp16's smallest number."""
+    """The purpose of the scale: the advantages are so small that most gradients are below fp16's smallest number."""
     small = [Episode(**{**vars(e), "advantage": e.advantage * 1e-6}) for e in episodes()]
     zeros = {}
     for value in (1.0, FIRST):
@@ -87,7 +87,7 @@ def test_without_a_scale_small_gradients_would_be_lost():
 
 
 def test_the_norm_of_large_fp16_gradients_is_finite():
-    """65,504 is the largest fp16 number; a norm computed in fp16 would be infinite."""
+    """65,504 is the largest fp16 number. A norm computed in fp16 would be infinite."""
     gradients = [torch.full((1000,), 3e4).half(), torch.zeros(0).half(), torch.ones(3, 3).half()]
     exact = math.sqrt(1000 * float(gradients[0][0]) ** 2 + 9)
     assert gradient_norm(gradients).item() == pytest.approx(exact, rel=1e-6)
@@ -165,7 +165,7 @@ def test_an_overflow_repeats_the_step_with_half_the_scale():
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_at_any_scale_refuse_the_step(broken, monkeypatch):
-    """CHECKLIST 44. A loss that is not finite does not touch the scale; a gradient is tried down to scale 1."""
+    """CHECKLIST 44. A loss that is not finite does not touch the scale. A gradient is tried down to scale 1."""
     scale, model = LossScale(torch.float16), make_model().half()
     before = [p.detach().clone() for p in model.parameters()]
     made = episodes()

@@ -154,7 +154,7 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token():
 
 
 def trl_loss_and_gradient(loss_type, logp, old_logp, advantages, lengths, keep, max_new_tokens, **options):
-    """GRPOTrainer._compute_loss of TRL 1.16 on these numbers, laid out as its padded batch; no model and no trainer."""
+    """GRPOTrainer._compute_loss of TRL 1.16 on these numbers, laid out as its padded batch. No model and no trainer."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     E, T = len(lengths), int(lengths.max())
     real = torch.arange(T) < lengths[:, None]
@@ -228,7 +228,7 @@ def test_policy_loss_equals_trl(loss_type, masked, delta):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_gradient_does_not_depend_on_micro_batches_or_order(loss_type):
-    """CHECKLIST 17: weights are made once a step; any cut between episodes, any order: the same gradient."""
+    """CHECKLIST 17: weights are made once a step. Any cut between episodes, any order: the same gradient."""
     lengths = torch.tensor([3, 1, 5, 2])
     logp, old_logp, advantages = policy_inputs(lengths=lengths)
     segments = torch.arange(int(lengths.sum())).split(lengths.tolist())
@@ -267,7 +267,7 @@ def test_first_update_has_loss_0_and_a_gradient(loss_type):
 @pytest.mark.parametrize("log_ratio", [-100.0, 100.0])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_runaway_ratios_stay_finite(loss_type, log_ratio, advantage):
-    """CHECKLIST 22: exp(100) is infinite in fp32; neither the loss nor its gradient is."""
+    """CHECKLIST 22: exp(100) is infinite in fp32. Neither the loss nor its gradient is."""
     logp = torch.tensor([-120.0], requires_grad=True)
     terms = policy_loss(
         logp, logp.detach() - log_ratio, torch.tensor([advantage]), torch.tensor([1]), loss_type=loss_type
@@ -363,7 +363,7 @@ def test_kl_value_and_gradient_are_of_the_stated_direction(estimator, unbiased):
 @pytest.mark.parametrize("difference", [-100.0, 100.0])
 @pytest.mark.parametrize("with_ratio", [False, True])
 def test_kl_stays_finite_at_huge_log_ratios(estimator, difference, with_ratio):
-    """CHECKLIST 22: exp(100) is infinite in fp32; value and gradient are finite, and the gradient is not lost."""
+    """CHECKLIST 22: exp(100) is infinite in fp32. Value and gradient are finite, and the gradient is not lost."""
     logp = torch.tensor([-150.0], requires_grad=True)
     old_logp = torch.tensor([-149.0]) if with_ratio else None
     term = kl_penalty(logp, torch.tensor([-150.0 + difference]), estimator, old_logp=old_logp)
@@ -382,7 +382,7 @@ def test_kl_of_equal_policies_is_0(estimator):
 
 @pytest.mark.parametrize("estimator", list(KL_ESTIMATORS))
 def test_kl_ignores_tokens_that_are_not_kept(estimator):
-    """CHECKLIST 18: NaN on either side; and no gradient reaches the reference."""
+    """CHECKLIST 18: NaN on either side, and no gradient reaches the reference."""
     logp = torch.tensor([-1.0, math.nan, -3.0, 1e9], requires_grad=True)
     ref_logp = torch.tensor([-2.0, math.nan, math.nan, -1e9], requires_grad=True)
     keep = torch.tensor([True, False, False, False])
@@ -427,7 +427,7 @@ def test_kl_refuses_what_it_does_not_know():
 
 
 def test_entropy_bonus_raises_the_entropy():
-    """CHECKLIST 23: a step down its gradient makes the distribution flatter; tokens of weight 0 count nothing."""
+    """CHECKLIST 23: a step down its gradient makes the distribution flatter. Tokens of weight 0 count nothing."""
     logits = randn(3, 6).requires_grad_()
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
@@ -449,7 +449,7 @@ def test_adaptive_entropy_coefficient():
 
 
 def test_top_entropy_mask_keeps_the_share_asked_for():
-    """CHECKLIST 18: tokens not kept neither count nor pass, whatever their entropy."""
+    """CHECKLIST 18: tokens not kept neither count nor pass, at any entropy."""
     entropy = torch.tensor([0.1, math.nan, 0.9, 0.4, 0.3, 0.8, 1e9, 0.7])
     keep = torch.tensor([1, 0, 1, 1, 1, 1, 0, 1]).bool()
     expected = {0.0: [2], 0.2: [2, 5], 0.4: [2, 5, 7], 1.0: [0, 2, 3, 4, 5, 7]}
@@ -483,7 +483,7 @@ def test_top_entropy_mask_equals_trl(share):
     ],
 )
 def test_importance_weights_by_hand(mode, expected):
-    """Ratios 4, 0.5, NaN (no log-probability: 1) and 2, 0.125; cap 2, floor 0.25; detached."""
+    """Ratios 4, 0.5, NaN (no log-probability: 1) and 2, 0.125. Cap 2, floor 0.25. Detached."""
     rollout_logp = torch.full((5,), -8.0)
     ratio = torch.tensor([4.0, 0.5, math.nan, 2.0, 0.125])
     old_logp = (rollout_logp + ratio.log()).requires_grad_()
@@ -553,7 +553,7 @@ def test_transport_cost_equals_plain_sinkhorn(window, unit, masked):
 
 @pytest.mark.parametrize("window", [3, 100])
 def test_transport_cost_equals_pot(window):
-    """Converged, it is the plan of a generic solver (POT); a forbidden pair is a very dear one there."""
+    """Converged, it is the plan of a generic solver (POT). A forbidden pair is a very dear one there."""
     ot = pytest.importorskip("ot")
     new, old, _, _ = transport_inputs()
     keep = torch.ones(9, dtype=torch.bool)
@@ -566,7 +566,7 @@ def test_transport_cost_equals_pot(window):
 
 
 def test_transport_cost_with_junk_where_not_kept():
-    """CHECKLIST 18: NaN hidden states, in both policies; and no gradient for the rollout side."""
+    """CHECKLIST 18: NaN hidden states, in both policies, and no gradient for the rollout side."""
     new, old, _, _ = transport_inputs()
     keep = torch.tensor([1, 1, 0, 0, 1, 1, 1, 0, 1]).bool()
     old.requires_grad_()
@@ -589,7 +589,7 @@ def test_transport_cost_is_fp32_and_near_0_at_equal_policies():
 
 
 def test_transport_penalty_is_a_hinge_per_answer():
-    """Answers do not see each other; below the target there is neither cost nor gradient; an empty answer costs 0."""
+    """Answers do not see each other. Below the target there is neither cost nor gradient. An empty answer costs 0."""
     new, old, _, _ = transport_inputs()
     lengths = torch.tensor([4, 0, 5])
     costs = torch.stack([transport_cost(new[:4], old[:4], 2), new.new_zeros(()), transport_cost(new[4:], old[4:], 2)])

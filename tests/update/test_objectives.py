@@ -1,4 +1,4 @@
-"""Every option of the objective: what it does to loss, reward or rollout, against the slow way written out."""
+"""Every option of the objective: its effect on loss, reward or rollout, against the slow way written out."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def transport_by_hand(policy, rollout_policy) -> float:
 
 
 def test_transport_is_from_the_hidden_states_of_the_rollout_policy(models):
-    """In the first update these are the policy's own; in later ones what `score_episodes` kept."""
+    """In the first update these are the policy's own. In later ones they come from `score_episodes`."""
     policy, sampler, _ = models
     episodes = make_episodes(sampler)
     first = update(policy, episodes, beta=2.0, kl="ot", micro_batch_tokens=12, **OT)
@@ -305,7 +305,7 @@ def test_ratio_statistics(models):
 
 @pytest.mark.parametrize("micro_batch_tokens", [9, 1000])
 def test_only_tokens_of_highest_entropy_teach_the_policy(models, micro_batch_tokens):
-    """The share is of the step, however it is cut; denominators stay those of all tokens."""
+    """The share is of the step, however it is cut. Denominators stay those of all tokens."""
     policy, sampler, _ = models
     entropy = flat(entropy_of, policy)
     teaches = entropy >= entropy.sort(descending=True).values[3]  # 4 of 18: the quantile at 1 - 0.2 lies below them
@@ -341,7 +341,7 @@ def test_the_entropy_coefficient_follows_its_target(checkpoint_folder):
 
 
 def test_the_entropy_coefficient_rises_where_no_group_has_a_signal(checkpoint_folder):
-    """A policy that has collapsed has equal rewards everywhere; that is when the bonus is needed."""
+    """A policy that has collapsed has equal rewards everywhere. That is when the bonus is needed."""
     task = Moody()
     trainer = trainer_for(checkpoint_folder, "--entropy-target", "9", "--prompts-per-step", "1", task=task)
     _, metrics = trainer.step(MiniBatch.from_problems([task.train_problem(0)], trainer.tokenizer))
