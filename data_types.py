@@ -31,6 +31,13 @@ class Reward(NamedTuple):
     parts: dict[str, float]
 
 
+class Turn(NamedTuple):
+    """A piece of a response that calls a tool: text that the policy sampled, or an observation that it was given."""
+
+    text: str
+    given: bool
+
+
 @dataclass
 class MiniBatch:
     """The prompts of one step: problems, text and token ids, in the same order."""
@@ -60,6 +67,8 @@ class Completion:
     text: str
     finish_reason: FinishReason  # "stop": a stop id or stop string. "length": cut at max_new_tokens. "not_finite": cut
     # because the logits were not finite; its last id was drawn from them and has log-probability NaN
+    sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
+    turns: list[Turn] | None = None  # the response's text in pieces, if `sampled` is not None
     kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
 
 
@@ -73,7 +82,7 @@ class Episode:
     group_id: int
     prompt_ids: list[int]
     response_ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float]  # 0 for a token that the environment gave
     text: str
     finish_reason: FinishReason
     reward: float = math.nan  # NaN: the reward could not be computed; the episode gets advantage 0
@@ -86,6 +95,25 @@ class Episode:
     problem: Problem | None = None
     trace: dict[str, Any] | None = None  # numbers of its last update, token by token (update/token_traces.py)
     kept: list[list[int]] | None = None  # the ids that were left to sample each token from; -1 fills up. None: all
+    sampled: list[bool] | None = None  # for each response id: False if the environment gave it. None: all were sampled
+    turns: list[Turn] | None = None  # the response's text in pieces, if `sampled` is not None
+
+    @property
+    def sampled_positions(self) -> list[int]:
+        """Indices of the response ids that the policy sampled. Losses, lengths and metrics count only these."""
+        if self.sampled is None:
+            return list(range(len(self.response_ids)))
+        return [t for t, sampled in enumerate(self.sampled) if sampled]
+
+    @property
+    def n_sampled(self) -> int:
+        """Number of sampled tokens: the length of the response."""
+        return len(self.response_ids) if self.sampled is None else sum(self.sampled)
+
+    @property
+    def sampled_logprobs(self) -> list[float]:
+        """The sampler's log-probability of each sampled token."""
+        return [self.logprobs[t] for t in self.sampled_positions]
 
     @property
     def task_reward(self) -> float:

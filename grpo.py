@@ -20,7 +20,7 @@ textbook.py has the same algorithm on one page without any fast path. Departures
     trainer = GRPO()                                          # the bundled tiny model on the CPU
     loss = trainer.train_step("What is 12 + 7 * 3?", "33")    # one group, one update
 
-Shape letters: N flat tokens of a micro-batch, M of them scored (response tokens), E episodes, D hidden, V vocabulary.
+Shape letters: N flat tokens of a micro-batch, M of them scored (sampled tokens), E episodes, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from parallel.sharding import ShardedAdamW, gradients_of_all_ranks, is_sharded, 
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
+from rollout.tool_turns import Environment
 from run.config import Config, load_config, preset_for
 from run.memory_plan import choose_place
 from run.options import LossOptions
@@ -102,6 +103,7 @@ def rollout(
     completions = generate(
         model if alone else whole(model), batch.prompt_ids, sampling, tokenizer=tokenizer, seed=seed,
         only=None if alone else distributed.share(len(batch)), must_be_finite=must_be_finite,
+        environment=None if sampling.ignore_eos else Environment.of(task, batch.problems),
     )  # fmt: skip
     episodes = []
     for completion in completions:
@@ -122,6 +124,8 @@ def rollout(
                 temperature=sampling.temperature or 1.0,
                 vocab_size=tokenizer.vocab_size,
                 problem=problem,
+                sampled=completion.sampled,
+                turns=completion.turns,
                 kept=completion.kept,
             )
         )
@@ -134,6 +138,8 @@ def _judged(task: Any, problem: Problem | None, completion: Completion) -> tuple
         return Reward(math.nan, {}), None
     if problem is None or not isinstance(task, Task):  # any object with a reward
         return task.reward(problem, completion.text), None
+    if completion.turns is not None:
+        return task.judge_turns(problem, completion.turns)
     return task.judge(problem, completion.text)
 
 
@@ -194,7 +200,7 @@ def _relative_rewards(
     rewards = batch if estimator == "reinforce_pp" else own  # the baseline is their mean
     if min(rewards) == max(rewards):  # equal: exactly 0, without rounding
         return [0.0] * len(own)
-    baseline = length_weighted_mean(own, [len(e.response_ids) for e in group]) if estimator == "opo" else fmean(rewards)
+    baseline = length_weighted_mean(own, [e.n_sampled for e in group]) if estimator == "opo" else fmean(rewards)
     advantages = [reward - baseline for reward in own]
     if estimator == "rloo":
         advantages = [a * len(rewards) / (len(rewards) - 1) for a in advantages]  # r - mean of the others
@@ -413,8 +419,9 @@ class GRPO:
         metrics = self.update(episodes)
         updated = time.perf_counter()
         episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
-        response_tokens = sum(len(e.response_ids) for e in episodes)
-        self.num_tokens += response_tokens + sum(len(e.prompt_ids) for e in episodes)
+        response_tokens = sum(e.n_sampled for e in episodes)
+        # All tokens that the model saw: those that an environment gave, too.
+        self.num_tokens += sum(len(e.prompt_ids) + len(e.response_ids) for e in episodes)
         rates = {
             "rollout/tokens_per_second": response_tokens / (sampled - started),
             "update/tokens_per_second": c.updates_per_rollout * response_tokens / (updated - sampled),

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_types import Problem
+from tasks.calculator import Calculator
 from tasks.curriculum import arithmetic_levels, countdown_levels
 from tasks.dataset_tasks import Gsm8kTask, MathDataset, MathTask
 from tasks.expressions import MAX_CHARS, ExpressionError, evaluate_expression, false_sums, plain_number
@@ -47,6 +48,7 @@ __all__ = [
     "REWARD_PRESETS",
     "TASKS",
     "ArithmeticTask",
+    "CalculatorTask",
     "CountdownTask",
     "Gsm8kTask",
     "MathDataset",
@@ -255,9 +257,15 @@ class ArithmeticTask(QuestionTask):
         return question, {"question": question, "answer": answer, "num_terms": terms, "num_digits": digits}
 
 
+@dataclass(kw_only=True)
+class CalculatorTask(Calculator, ArithmeticTask):
+    """The questions of ArithmeticTask, with a calculator that a response may call (tasks/calculator.py)."""
+
+
 TASKS: dict[str, type[Task]] = {
     "countdown": CountdownTask,
     "arithmetic": ArithmeticTask,
+    "calculator": CalculatorTask,
     "jsonl": MathDataset,
     "gsm8k": Gsm8kTask,
     "math": MathTask,

@@ -38,6 +38,7 @@ from study.pictures import save_pictures
 from study.responses import marked, marked_tokens
 from study.run_facts import facts
 from study.run_files import Record, Run, read_run
+from study.turns import sampled_mask
 from tokenizer import Tokenizer
 from update.scoring import score_episodes
 
@@ -84,9 +85,11 @@ def add_ratios(run: Run, shown: list[dict[str, Any]], after: str = "latest") -> 
         raise ValueError(f"{run.folder}/samples.jsonl: token id {largest} is not in the vocabulary of --after {after}")
     answers = [a for a in answers if a["prompt_ids"] and a["token_ids"]]
     episodes = [_episode(a, tokenizer, run.config.temperature) for a in answers]
-    for answer, scores in zip(answers, score_episodes(model, episodes)):
-        drawn = torch.tensor(answer["token_logprobs"])
-        answer["ratios"] = [round(x, 4) for x in (scores.logp.float() - drawn).exp().tolist()]
+    for answer, episode, scores in zip(answers, episodes, score_episodes(model, episodes)):
+        sampled = [True] * len(answer["token_ids"]) if episode.sampled is None else episode.sampled
+        logp = torch.tensor(answer["token_logprobs"])  # of a token that the environment gave: ratio 1
+        logp[torch.tensor(sampled)] -= scores.logp.float()
+        answer["ratios"] = [round(x, 4) if s else 1.0 for x, s in zip((-logp).exp().tolist(), sampled)]
 
 
 def _episode(answer: Record, tokenizer: Tokenizer, temperature: float) -> Episode:
@@ -94,6 +97,7 @@ def _episode(answer: Record, tokenizer: Tokenizer, temperature: float) -> Episod
         group_id=answer["group_id"], prompt_ids=answer["prompt_ids"], response_ids=answer["token_ids"],
         logprobs=answer["token_logprobs"], text=answer["response"], finish_reason=answer["finish_reason"],
         temperature=temperature, vocab_size=tokenizer.vocab_size,
+        sampled=sampled_mask(answer),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ tests/test_textbook.py checks that they give the same results:
     policy_loss         update_policy         gradient of every parameter
     train_step          update_policy         weights after the step, there with MemoryEfficientAdamW
 
-Shape letters: T tokens of prompt and response, R tokens of the response, G responses of a group, V vocabulary.
+Shape letters: T tokens of prompt and response, R sampled tokens of the response, G responses of a group, V vocabulary.
 """
 
 import sys
@@ -36,10 +36,10 @@ def all_logprobs(model, ids: list[int], temperature: float, vocab_size: int | No
 
 
 def token_logprobs(model, e: Episode) -> torch.Tensor:
-    """Log-probability of each response token, given all tokens before it. [R] in fp32."""
+    """Log-probability of each sampled token, given all tokens before it. [R] in fp32."""
     logp_TV = all_logprobs(model, e.prompt_ids + e.response_ids, e.temperature, e.vocab_size)
     logp_RV = logp_TV[len(e.prompt_ids) - 1 : -1]  # row t is the distribution of token t + 1
-    return logp_RV.gather(1, torch.tensor(e.response_ids)[:, None])[:, 0]
+    return logp_RV.gather(1, torch.tensor(e.response_ids)[:, None])[:, 0][e.sampled_positions]
 
 
 @torch.no_grad()
@@ -80,10 +80,10 @@ def group_advantages(rewards: list[float]) -> list[float]:
 
 def policy_loss(model, episodes: list[Episode], reference=None, beta=0.0, epsilon=0.2) -> torch.Tensor:
     """Loss of one optimizer step: clipped surrogate (PPO, arXiv 1707.06347) + beta * KL divergence from `reference`."""
-    loss, n_tokens = torch.zeros(()), sum(len(e.response_ids) for e in episodes)  # one denominator for the whole step
+    loss, n_tokens = torch.zeros(()), sum(e.n_sampled for e in episodes)  # one denominator for the whole step
     for e in episodes:
         logp = token_logprobs(model, e)  # [R]
-        ratio = torch.exp(logp - torch.tensor(e.logprobs))  # policy / policy that sampled: 1 in the first update
+        ratio = torch.exp(logp - torch.tensor(e.sampled_logprobs))  # policy / sampler: 1 in the first update
         clipped = ratio.clamp(1 - epsilon, 1 + epsilon)  # constant outside this range: no gradient there
         loss = loss - torch.minimum(ratio * e.advantage, clipped * e.advantage).sum() / n_tokens
         if beta:

@@ -3,6 +3,7 @@
     python warm_start.py --out assets/countdown-tiny                  # the bundled tiny model, from scratch, in minutes
     python warm_start.py --ckpt FOLDER --out models/cold-started      # an existing checkpoint with its own chat format
     python warm_start.py --ckpt FOLDER --out models/worked --task arithmetic
+    python warm_start.py --out models/calls --task calculator         # traces that call a calculator (docs/tools.md)
 
 From scratch: a small byte-pair tokenizer is trained on example responses, called traces (search_traces.py for
 Countdown, sum_traces.py for arithmetic). Then a Qwen2 of 0.83 M parameters is trained on a stream of traces that
@@ -10,9 +11,10 @@ never repeats. With `--ckpt`, the checkpoint's own tokenizer and chat template a
 far fewer traces are enough. The traces are imperfect on purpose. They teach the form, correct arithmetic and many
 habits of search. GRPO (train.py) then reinforces the habits that solve problems.
 
-The loss is the mean over response tokens, the stop token included. The prompt has no loss. Texts lie end to end without
-padding. If prompts are longer than traces, use `--traces-per-problem`: several traces then share one prompt, which is
-computed once. The same options and seed give the same weights on the same machine with the same thread count.
+The loss is the mean over response tokens, the stop token included. The prompt and the results of calls have no loss.
+Texts lie end to end without padding. If prompts are longer than traces, use `--traces-per-problem`: several traces then
+share one prompt, which is computed once. The same options and seed give the same weights on the same machine with the
+same thread count.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from data_types import Problem
-from math_task import ArithmeticTask, CountdownTask
+from data_types import Problem, Turn
+from math_task import ArithmeticTask, CalculatorTask, CountdownTask
 from model.attention import PackedAttention
 from model.head_logprobs import token_logprobs
 from model.layout import Layout, Run
@@ -44,10 +46,13 @@ from optimizer import MemoryEfficientAdamW
 from qwen2_llm import Qwen2ForCausalLM
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
+from rollout.tool_turns import Environment
 from run.flags import one_line, parse_flags
 from run.options import Count, NumberOrNone, Positive, Range, Seed, check_ranges
 from run.pretrained import locate_pretrained
 from run.terminal import complain, printable, run_program, say
+from tasks.calculator import CALL_CLOSE, CALL_OPEN, RESULT_CLOSE, RESULT_OPEN
+from tasks.call_traces import draw_call_habits, write_calls
 from tasks.search_traces import draw_searcher, write_trace
 from tasks.sum_traces import draw_habits, write_working
 from tasks.task_base import Task
@@ -55,6 +60,7 @@ from tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, but ordinary text: decoding shows them
+CALL_TAGS = (CALL_OPEN, CALL_CLOSE, RESULT_OPEN, RESULT_CLOSE)
 # Patterns that cut text before byte pairs are merged. The tokenizer is saved with Qwen2's own pattern, because
 # transformers always uses that one for Qwen2. Merges are learned within finer pieces, so no token joins two signs.
 QWEN2_PIECES = (
@@ -92,7 +98,7 @@ class Options:
     room: Count | None = None
     """Longest response, in tokens, its stop token included. Keep it below --max-new-tokens of the later run. None: 172,
     or 256 for arithmetic."""
-    task: Literal["countdown", "arithmetic"] = "countdown"
+    task: Literal["countdown", "arithmetic", "calculator"] = "countdown"
     """Task of the examples."""
     numbers: tuple[Count, ...] = (3, 4)
     """Countdown: possible counts of numbers in a problem. A repeated count is drawn more often."""
@@ -101,11 +107,11 @@ class Options:
     orderly: bool = False
     """Countdown: a search tries all attempts in order from a random first one. Without it, every attempt is random."""
     num_terms: tuple[Count, ...] = (2, 3)
-    """Arithmetic: possible counts of terms in a question."""
+    """Arithmetic and calculator: possible counts of terms in a question."""
     num_digits: tuple[Count, ...] = (1, 2)
-    """Arithmetic: possible counts of digits in a term."""
+    """Arithmetic and calculator: possible counts of digits in a term."""
     operators: str = "+-*"
-    """Arithmetic: the signs between the terms, some of + - *."""
+    """Arithmetic and calculator: the signs between the terms, some of + - *."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the weights. Masters and moments are always fp32."""
     threads: Threads = 1
@@ -118,25 +124,27 @@ class Options:
     def __post_init__(self) -> None:
         self.tokens = self.tokens or (300_000 if self.ckpt else 12_000_000)
         self.lr = self.lr or (1e-5 if self.ckpt else 3e-3)
-        self.room = self.room or (256 if self.task == "arithmetic" else 172)
+        self.room = self.room or (172 if self.task == "countdown" else 256)
 
 
 # --- the tokenizer and the new model
 
 
-def make_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int = 576) -> None:
-    """Train a byte-level BPE on `texts` and write the tokenizer's files. transformers can open the folder, too."""
+def make_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int = 576, tags: tuple[str, ...] = TAGS) -> None:
+    """Train a byte-level BPE on `texts` and write the tokenizer's files. transformers can open the folder, too.
+
+    tags: one token each, inside of `vocab_size`."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _cut(FINER_PIECES)
     backend.decoder = decoders.ByteLevel()
-    n_merged = vocab_size - len(SPECIAL_TOKENS) - len(TAGS)
+    n_merged = vocab_size - len(SPECIAL_TOKENS) - len(tags)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # with all bytes in the vocabulary, any text can be encoded
     trainer = trainers.BpeTrainer(vocab_size=n_merged, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     backend.pre_tokenizer = _cut(QWEN2_PIECES)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     settings = {
@@ -191,7 +199,7 @@ def tokenizer_texts(task: Task, seed: int, n: int = 5000) -> Iterator[str]:
         problem = task.train_problem(index)
         roles = "system\nuser\nassistant\n"
         yield roles + problem.messages[-1]["content"] + "\n"
-        yield trace(task, problem, rng, room=400, count_tokens=len)
+        yield "".join(turn.text for turn in trace(task, problem, rng, room=400, count_tokens=len))
 
 
 # --- examples and batches
@@ -199,10 +207,14 @@ def tokenizer_texts(task: Task, seed: int, n: int = 5000) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the responses to learn, their stop tokens included."""
+    """A prompt and the responses to learn, their stop tokens included.
+
+    given: for each response, the indices of tokens without a loss, which a calculator gave. None: there are none.
+    """
 
     prompt_ids: list[int]
     responses: list[list[int]]
+    given: list[set[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + sum(map(len, self.responses))
@@ -215,16 +227,19 @@ def trace(
     room: int,
     count_tokens: Callable[[str], int],
     orderly: bool = False,
-) -> str:
+) -> list[Turn]:
     """A response to learn, with newly drawn habits. Raises ValueError if it is longer than `room` tokens."""
     if isinstance(task, CountdownTask):
         numbers, target = problem.target["numbers"], problem.target["target"]
-        return write_trace(numbers, target, draw_searcher(rng, orderly), rng, room, count_tokens)
+        return [Turn(write_trace(numbers, target, draw_searcher(rng, orderly), rng, room, count_tokens), False)]
     expression = problem.messages[-1]["content"].removeprefix("What is ").partition("?")[0]
-    text = write_working(expression, draw_habits(rng))
-    if count_tokens(text) > room:
+    if isinstance(task, CalculatorTask):
+        turns = write_calls(expression, draw_call_habits(rng))
+    else:
+        turns = [Turn(write_working(expression, draw_habits(rng)), False)]
+    if sum(count_tokens(turn.text) for turn in turns) > room:
         raise ValueError(f"{room} tokens are too few for the working of {expression}; give more --room")
-    return text
+    return turns
 
 
 def examples(task: Task, tokenizer: Tokenizer, options: Options) -> Iterator[Example]:
@@ -250,8 +265,17 @@ def make_example(
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(opening + text)) + len(stop)
 
-    texts = [trace(task, problem, rng, room, count_tokens, options.orderly) for _ in range(options.traces_per_problem)]
-    return Example(tokenizer.encode(prompt), [tokenizer.encode(opening + text) + stop for text in texts])
+    responses, masks = [], []
+    for _ in range(options.traces_per_problem):
+        response: list[int] = []
+        given: set[int] = set()
+        for i, turn in enumerate(trace(task, problem, rng, room, count_tokens, options.orderly)):
+            ids = tokenizer.encode(turn.text if i else opening + turn.text)  # turn by turn, as a rollout encodes
+            given |= set(range(len(response), len(response) + len(ids))) if turn.given else set()
+            response += ids
+        responses.append(response + stop)
+        masks.append(given)
+    return Example(tokenizer.encode(prompt), responses, masks if any(masks) else None)
 
 
 def batches(stream: Iterator[Example], batch_tokens: int) -> Iterator[list[Example]]:
@@ -282,12 +306,13 @@ def response_loss(model: Qwen2ForCausalLM, batch: list[Example]) -> Tensor:
     for example in batch:
         start, n_prompt = len(ids), len(example.prompt_ids)
         ids += example.prompt_ids
-        for response in example.responses:
+        for response, given in zip(example.responses, example.given or [set()] * len(example.responses)):
             at = len(ids)
             first = at == start + n_prompt
             runs.append(Run(start, n_prompt + len(response)) if first else Run(at, len(response), start, n_prompt))
-            rows += [start + n_prompt - 1, *range(at, at + len(response) - 1)]  # token t from the row of t - 1
-            targets += response
+            before = [start + n_prompt - 1, *range(at, at + len(response) - 1)]  # token t from the row of t - 1
+            rows += [row for t, row in enumerate(before) if t not in given]
+            targets += [token for t, token in enumerate(response) if t not in given]
             ids += response
     layout = Layout(runs)
     ids_N, targets_M, rows_M = (torch.tensor(numbers, device=model.device) for numbers in (ids, targets, rows))
@@ -339,15 +364,19 @@ def evaluate(model, tokenizer: Tokenizer, task: Task, n: int, max_new_tokens: in
     problems = task.test_problems(n)
     prompts = [tokenizer.render_chat(task.prompt(p)) + p.response_prefix for p in problems]
     sampling = SamplingParams(n=1, max_new_tokens=max_new_tokens, temperature=temperature)
-    responses = generate(model, prompts, sampling, tokenizer=tokenizer, seed=0)
-    rewards = [task.reward(p, r.text) for p, r in zip(problems, responses, strict=True)]
+    environment = Environment.of(task, problems)
+    responses = generate(model, prompts, sampling, tokenizer=tokenizer, seed=0, environment=environment)
+    rewards = [
+        task.reward(p, r.text) if r.turns is None else task.reward_turns(p, r.turns)
+        for p, r in zip(problems, responses, strict=True)
+    ]
     sums = [task.diagnostics(p, r.text) for p, r in zip(problems, responses, strict=True)]
     written = sum(s["sums"] for s in sums)
     return {
         "solved": sum(r.parts["answer"] for r in rewards) / n,
         "format": sum(r.parts["format"] for r in rewards) / n,
         "false_sums": sum(s["false_sums"] * s["sums"] for s in sums) / max(written, 1),
-        "mean_length": sum(len(r.response_ids) for r in responses) / n,
+        "mean_length": sum(len(r.response_ids) if r.sampled is None else sum(r.sampled) for r in responses) / n,
         "truncated": sum(r.finish_reason == "length" for r in responses) / n,
         "example": responses[0].text,
     }
@@ -371,7 +400,7 @@ def make_task(options: Options) -> Task:
         )
     if "/" in options.operators:
         raise ValueError(f"--operators {options.operators!r}: worked examples are written for + - * only")
-    return ArithmeticTask(
+    return (CalculatorTask if options.task == "calculator" else ArithmeticTask)(
         num_terms=options.num_terms, num_digits=options.num_digits, operators=options.operators,
         prompt_style=style, seed=options.seed,
     )  # fmt: skip
@@ -390,7 +419,8 @@ def main(options: Options) -> None:
         tokenizer = Tokenizer.from_pretrained(folder)
         model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
-        make_tokenizer(out, tokenizer_texts(task, options.seed))
+        tags = TAGS + CALL_TAGS if options.task == "calculator" else TAGS
+        make_tokenizer(out, tokenizer_texts(task, options.seed), tags=tags)
         tokenizer = Tokenizer.from_pretrained(out)
         model = Qwen2ForCausalLM.from_config(tiny_config(tokenizer), dtype=dtype, seed=options.seed)
     n_parameters = sum(p.numel() for p in model.parameters())

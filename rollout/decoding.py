@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -252,21 +252,33 @@ class Decoder:
 
         False: every response is finished.
         """
-        if self.shape.width is None:
-            taken, room, per_prompt = len(running), self.shape.rows, self.params.n
-            sparse = len(running) <= COMPACT * self.cache.n_rows
-        else:
-            taken = len(self._groups([self.placed[row] for row in running]))
-            room, per_prompt = self.shape.groups, self.shape.pieces
-            sparse = self._size(taken) < self.cache.n_groups
-        fit = min((room - taken) // per_prompt, len(self.waiting))
-        if fit and (fit == len(self.waiting) or fit * per_prompt >= REFILL * room or not running):
-            entering, self.waiting = self.waiting[:fit], self.waiting[fit:]
+        entering = self._take_prompts(running)
+        if entering:
             self.arrange(running, entering)
             self.prefill(entering)
-        elif running and sparse:
+        elif running and self._is_sparse(running):
             self.arrange(running, [])
-        return bool(running or fit)
+        return bool(running or entering)
+
+    def _take_prompts(self, running: list[int], held: Iterable[int] = ()) -> list[int]:
+        """Take prompts from `waiting`, as many as fit, if that is worth a prefill. `held`: responses that do not run
+        and keep their row."""
+        responses = sorted([*(self.placed[row] for row in running), *held])
+        if self.shape.width is None:
+            taken, room, per_prompt = len(responses), self.shape.rows, self.params.n
+        else:
+            taken, room, per_prompt = len(self._groups(responses)), self.shape.groups, self.shape.pieces
+        fit = min((room - taken) // per_prompt, len(self.waiting))
+        if not (fit == len(self.waiting) or fit * per_prompt >= REFILL * room or not running):
+            return []
+        entering, self.waiting = self.waiting[:fit], self.waiting[fit:]
+        return entering
+
+    def _is_sparse(self, running: list[int]) -> bool:
+        """Whether moving the running rows together makes steps smaller by a good part."""
+        if self.shape.width is None:
+            return len(running) <= COMPACT * self.cache.n_rows
+        return self._size(len(self._groups([self.placed[row] for row in running]))) < self.cache.n_groups
 
     def _size(self, groups: int) -> int:
         """Recorded steps have all groups, half of them, a quarter, ... 1: the least number that holds `groups`."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from qwen2_llm import Qwen2ForCausalLM
 from rollout.decode_graph import cuda_capture, shelf
 from rollout.decoding import MaskedResponses, Responses, decode
 from rollout.sampling import SamplingParams
+from rollout.tool_turns import Environment, Spans, decode_with_tools, with_turns
 from tokenizer import Tokenizer
 
 
@@ -41,6 +43,7 @@ def generate(
     graphs: bool | None = None,
     only: range | None = None,
     must_be_finite: bool = True,
+    environment: Environment | None = None,
 ) -> list[Completion]:
     """Sample `params.n` responses to each prompt. Those of prompt i are at indices [i * n, (i + 1) * n).
 
@@ -52,10 +55,15 @@ def generate(
         graphs: record decode steps as CUDA graphs. None: only on a GPU. False: never.
         only: sample only for these prompts. Their responses are the same as in a call for all prompts. None: all.
         must_be_finite: False ends a response at logits that are not finite, with the finish reason "not_finite".
+        environment: answers the calls of a response (tool_turns.py). `max_new_tokens` counts its tokens, too.
 
     Raises ValueError for an empty prompt, for a prompt and max_new_tokens that together exceed the model's context, and
     for logits that are not finite if `must_be_finite`.
     """
+    if environment is not None and params.stop:
+        raise ValueError(
+            f"stop is {params.stop}, and the environment has stop strings of its own; expected one of the two"
+        )
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     check_room(ids, params.max_new_tokens, model.config.max_position_embeddings)
     graphs = (model.device.type == "cuda") if graphs is None else graphs
@@ -66,9 +74,13 @@ def generate(
     if not ids:
         return []
 
-    def all_responses(rows: int) -> Responses:
+    def all_responses(rows: int) -> tuple[Responses, list[Spans] | None]:
+        capture = cuda_capture() if graphs else None
         with packed_weights(model, min(rows, len(uniforms))):
-            return decode(model, ids, uniforms, params, tokenizer, rows, cuda_capture() if graphs else None)
+            if environment is None:
+                return decode(model, ids, uniforms, params, tokenizer, rows, capture), None
+            here = replace(environment, respond=lambda i, text: environment.respond(only[i], text))
+            return decode_with_tools(model, ids, uniforms, params, tokenizer, rows, here, capture)
 
     was_training = model.training
     model.eval()
@@ -76,10 +88,11 @@ def generate(
     fitting = rows_that_fit(model.config, tokens, model.dtype, model.device, reusable=shelf.nbytes(model))
     rows = min(max_rows, fitting)
     try:
-        responses = halve_when_out_of_memory(all_responses, rows)
+        responses, given = halve_when_out_of_memory(all_responses, rows)
     finally:
         model.train(was_training)
-    return _completions(ids, responses, params, tokenizer, only, must_be_finite)
+    completions = _completions(ids, responses, params, tokenizer, only, must_be_finite)
+    return completions if given is None else [with_turns(c, spans, tokenizer) for c, spans in zip(completions, given)]
 
 
 def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:

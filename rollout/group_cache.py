@@ -136,6 +136,11 @@ class GroupCache:
     def advance(self) -> None:
         self.lengths[: self.n_rows] += 1
 
+    def leave_out(self, rows: int, groups: int, group_of_row: Sequence[int]) -> None:
+        """After `arrange`: steps use the first `rows` rows and `groups` groups. The others keep their tokens."""
+        self.n_rows, self.n_groups = rows, groups
+        self._lay_out(group_of_row[:rows])
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, K], k and v [N, G, K], one token a row -> [N, H, K]."""
         n, m, n_kv = self.n_rows, self.n_groups, k.shape[1]

@@ -87,7 +87,7 @@ class TaskOptions:
     """Task and reward"""
 
     task: str = "countdown"
-    """countdown, arithmetic, gsm8k, math, jsonl, reasoning_gym:NAME or path/to/file.py:MyTask."""
+    """countdown, arithmetic, calculator, gsm8k, math, jsonl, reasoning_gym:NAME or path/to/file.py:MyTask."""
     data: str | None = None
     """Data file, folder or Hugging Face data set id. None: the task's generator or its usual data set."""
     question_column: str | None = None
@@ -129,6 +129,12 @@ class TaskOptions:
     reward_preset: Literal["none", "grpo-zero", "correct-format-language", "lineage"] = "none"
     """A known set of weights instead of the ones above: 1.0 + 0.1 format, or 1.0 + 0.25 format + 0.10 language.
     lineage is the older name of grpo-zero."""
+    call_price: NotNegative = 0.0
+    """Calculator: price of each call, taken from the reward. 0: calls are free."""
+    max_turns: Count = 16
+    """Tasks with a tool: calls of a response that are answered. One more call ends the response."""
+    max_turn_tokens: NumberOrNone = 0
+    """Tasks with a tool: most sampled tokens between two observations. A longer turn ends the response. 0: no limit."""
     random_reward: Share = 0.0
     """Control experiment: the reward is 1 with this probability and else 0, whatever the response is. 0: off."""
     overlong_buffer: NumberOrNone = 0
@@ -137,13 +143,14 @@ class TaskOptions:
     @property
     def has_levels(self) -> bool:
         """True if --curriculum has levels of the task to draw from."""
-        return self.task == "arithmetic" or (self.task == "countdown" and self.data is None)
+        return self.task in ("arithmetic", "calculator") or (self.task == "countdown" and self.data is None)
 
     def conflicts(self) -> Conflicts:
         return [
             (
                 self.curriculum and not self.has_levels,
-                f"--curriculum needs a task with levels, countdown without --data or arithmetic; found task {self.task}"
+                f"--curriculum needs a task with levels, countdown without --data, arithmetic or calculator; found "
+                f"task {self.task}"
                 f"{' with --data' if self.data else ''}. Take --no-curriculum",
             ),
             (not self.numbers, "--numbers is empty: expected how many numbers a problem has, such as --numbers 3 4"),
@@ -164,7 +171,7 @@ class RolloutOptions:
     group_size: Count = 8
     """Responses sampled for each problem. Their mean reward is the baseline."""
     max_new_tokens: Count = 1024
-    """Longest response, in tokens."""
+    """Longest response, in tokens. For a task with a tool, observations count, too."""
     temperature: Positive = 1.0
     """Sampling temperature. Training scores the tokens at the same temperature."""
     top_k: NumberOrNone = 0

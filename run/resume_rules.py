@@ -57,6 +57,9 @@ RULES = {
     "repetition_weight": REWARDS,
     "arithmetic_weight": REWARDS,
     "reward_preset": REWARDS,
+    "call_price": REWARDS,
+    "max_turns": APPLIED,
+    "max_turn_tokens": APPLIED,
     "random_reward": REWARDS,
     "overlong_buffer": REWARDS,
     # Rollout

@@ -170,6 +170,7 @@ class RunLog:
             "token_ids": episode.response_ids,
             "tokens": [self._token_texts[token_id] for token_id in episode.response_ids],
             "token_logprobs": _rounded(episode.logprobs),
+            **({} if episode.sampled is None else {"token_sampled": episode.sampled}),
         }
         return found | {"update": episode.trace} if episode.trace else found
 
@@ -300,5 +301,5 @@ def _sample(step: int, episode: Episode, prompt: str) -> dict[str, Any]:
         "reward_parts": {name: _number(value) for name, value in episode.reward_parts.items()},
         "advantage": _number(episode.advantage),
         "finish_reason": episode.finish_reason,
-        "response_tokens": len(episode.response_ids),
-    }
+        "response_tokens": episode.n_sampled,
+    } | ({} if episode.turns is None else {"turns": [turn._asdict() for turn in episode.turns]})

@@ -169,7 +169,7 @@ def held_out_texts(episodes: list[Episode], sampled: bool) -> dict[str, str]:
 
 def _text(episode: Episode) -> str:
     prompt = episode.problem.messages[-1]["content"] if episode.problem else ""
-    head = f"reward {episode.reward:.3f}, {len(episode.response_ids)} tokens, {episode.finish_reason}"
+    head = f"reward {episode.reward:.3f}, {episode.n_sampled} tokens, {episode.finish_reason}"
     return printable(f"{head}\n\n{prompt}\n\n{episode.text}")
 
 

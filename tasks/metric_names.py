@@ -15,6 +15,7 @@ RUN_NAMES = frozenset([
 ])  # fmt: skip
 RUN_GROUPS = frozenset([
     "rewards", "completions", "clip_ratio", "ratio", "sampling", "update", "rollout", "memory", "rank", "curriculum",
+    "tools",
 ])  # fmt: skip
 TASK_DIAGNOSTICS = frozenset(["solved", "full_format", "sums", "false_sums"])  # of Task.diagnostics
 

@@ -13,14 +13,15 @@ import dataclasses
 import math
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_types import Message, Problem, Reward
+from data_types import Message, Problem, Reward, Turn
+from tasks.calculator import ERROR, result
 from tasks.messages import first_line
 from tasks.metric_names import TASK_DIAGNOSTICS, check_names
 from tasks.rewards import answer_block, whole_text
-from tasks.task_base import Split, Task
+from tasks.task_base import Split, Task, check_stop_strings
 from tasks.user_files import load_user_task, reward_function
 from tasks.worker import RefusedError, Worker, WorkerError
 
@@ -43,6 +44,7 @@ class JudgedInWorker(Task):
         self.failures: Counter[str] = Counter()
         for field in dataclasses.fields(Task):  # seed, weights, prompt style
             setattr(self, field.name, getattr(task, field.name))
+        self.stop_strings = check_stop_strings(task.stop_strings)  # type: ignore[misc]  # a class variable of Task
         if not worker.memory_limited:
             warnings.warn(f"{source}: this system cannot limit the memory of a reward", RuntimeWarning, stacklevel=3)
 
@@ -77,16 +79,20 @@ class JudgedInWorker(Task):
             line = f"reward of {self.source} for the trial response {TRIAL!r}: {error}; such a response has no reward"
             warnings.warn(line, RuntimeWarning, stacklevel=2)
 
-    def _ask(self, problem: Problem, response: str) -> Judged | None:
+    def _ask(self, problem: Problem, response: str | list[Turn]) -> Judged | None:
         try:
             total, parts, diagnostics = self._worker.call(problem, response)
         except WorkerError as error:
-            self.failures[error.kind] += 1
-            if self.failures[error.kind] == 1:
-                line = f"reward of {self.source} for problem {problem.id}: {error}; counted as NaN, the run goes on"
-                warnings.warn(line, RuntimeWarning, stacklevel=3)
+            self._failed("reward", problem, error, "counted as NaN")
             return None
         return total, parts, diagnostics
+
+    def _failed(self, method: str, problem: Problem, error: WorkerError, consequence: str) -> None:
+        kind = error.kind if method == "reward" else f"{method} {error.kind}"
+        self.failures[kind] += 1
+        if self.failures[kind] == 1:
+            line = f"{method} of {self.source} for problem {problem.id}: {error}; {consequence}, the run goes on"
+            warnings.warn(line, RuntimeWarning, stacklevel=4)
 
 
 class SandboxedTask(JudgedInWorker):
@@ -136,9 +142,38 @@ class SandboxedTask(JudgedInWorker):
                 raise ValueError(f"{self.source}: {call} returned {wrong}")
         return made
 
+    def check_reward(self) -> None:
+        """Ask for one observation as well, if the task has a tool."""
+        super().check_reward()
+        if self.stop_strings:
+            problem = (self.problems("test", 1) or self.problems("train", 1))[0]
+            try:
+                self._worker.call(problem, TRIAL + self.stop_strings[0], "respond")
+            except WorkerError as error:
+                if error.kind == "refused":
+                    raise ValueError(f"respond of {self.source}: {error.detail}") from error
+                line = f"respond of {self.source} for the trial response {TRIAL!r}: {error}; its result is an error"
+                warnings.warn(line, RuntimeWarning, stacklevel=2)
+
+    def respond(self, problem: Problem, text_so_far: str) -> str | None:
+        """The observation of the user's task. If it fails, the observation is an error, and the response goes on."""
+        try:
+            return self._worker.call(problem, text_so_far, "respond")
+        except WorkerError as error:
+            self._failed("respond", problem, error, "the result is an error")
+            late = error.kind == "deadline"
+            return result(ERROR + (f"no result within {self._worker.deadline_s:g} s" if late else "the tool failed"))
+
     def reward(self, problem: Problem, response: str) -> Reward:
         """The user's reward, or Reward(nan, {}) if it fails."""
-        total, parts, diagnostics = self._ask(problem, response) or (math.nan, {}, {})
+        return self._judge(problem, response, response)
+
+    def reward_turns(self, problem: Problem, turns: Sequence[Turn]) -> Reward:
+        """The user's reward of a response with a tool, or Reward(nan, {}) if it fails."""
+        return self._judge(problem, list(turns), "".join(turn.text for turn in turns))
+
+    def _judge(self, problem: Problem, judged: str | list[Turn], response: str) -> Reward:
+        total, parts, diagnostics = self._ask(problem, judged) or (math.nan, {}, {})
         self._diagnostics[problem.id, response] = diagnostics
         if len(self._diagnostics) > REMEMBERED:
             self._diagnostics.popitem(last=False)
@@ -176,6 +211,17 @@ class FunctionReward(JudgedInWorker):
         own = self.task.reward(problem, response).parts
         return Reward(judged[0], own | judged[1] | own)  # the task's parts come first, and stay
 
+    def respond(self, problem: Problem, text_so_far: str) -> str | None:
+        return self.task.respond(problem, text_so_far)
+
+    def reward_turns(self, problem: Problem, turns: Sequence[Turn]) -> Reward:
+        """The function's reward of the whole text, with the parts of the task's reward of the turns."""
+        judged = self._ask(problem, "".join(turn.text for turn in turns))
+        if judged is None:
+            return Reward(math.nan, {})
+        own = self.task.reward_turns(problem, turns).parts
+        return Reward(judged[0], own | judged[1] | own)
+
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         return self.task.diagnostics(problem, response)
 
@@ -202,15 +248,30 @@ def _wrong_problem(problem: Any) -> str | None:
 # --- inside the child
 
 
-def user_judge(source: str, options: dict[str, Any]) -> Callable[[Problem, str], Judged]:
-    """Runs in the worker: reward and diagnostics of a user's task, checked."""
+def user_judge(source: str, options: dict[str, Any]) -> Callable[..., Judged | str | None]:
+    """Runs in the worker: the methods of a user's task, checked. (problem, response or turns) gives reward and
+    diagnostics, (problem, text_so_far, "respond") gives an observation."""
     task = load_user_task(source, options)
     task.reward = _once(task.reward)  # type: ignore[assignment, method-assign]
     task.is_correct = _yes_or_no(task.is_correct)  # type: ignore[assignment, method-assign]
 
-    def judge(problem: Problem, response: str) -> Judged:
+    def respond(problem: Problem, text_so_far: str) -> str | None:
+        text = task.respond(problem, text_so_far)
+        if text is not None and not isinstance(text, str):
+            raise RefusedError(f"it returned {type(text).__name__}, expected text or None")
+        (text or "").encode()  # a lone surrogate raises here
+        return text
+
+    def judge(problem: Problem, response: str | list[Turn], method: str = "reward") -> Judged | str | None:
         try:
-            reward = task.reward(problem, response)
+            if method == "respond":
+                return respond(problem, str(response))
+            if isinstance(response, str):
+                reward = task.reward(problem, response)
+            else:
+                reward = task.reward_turns(problem, response)
+                response = "".join(turn.text for turn in response)
+                task._judged = problem, response, reward  # type: ignore[misc]  # for its diagnostics
             if not isinstance(reward, Reward):
                 raise RefusedError(f"it returned {type(reward).__name__}, expected Reward(total, parts)")
             total, parts = _checked(reward)

@@ -18,12 +18,12 @@ import hashlib
 import math
 import random
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
-from data_types import Message, Problem, Reward
+from data_types import Message, Problem, Reward, Turn
 from tasks.expressions import false_sums, plain_number
 from tasks.rewards import (
     ANSWER_CLOSE,
@@ -155,6 +155,12 @@ class Task:
         self._judged = problem, response, reward  # type: ignore[misc]
         return reward, self.diagnostics(problem, response)
 
+    def judge_turns(self, problem: Problem, turns: Sequence[Turn]) -> tuple[Reward, dict[str, float]]:
+        """Reward and diagnostics of a response with a tool."""
+        reward, response = self.reward_turns(problem, turns), "".join(turn.text for turn in turns)
+        self._judged = problem, response, reward  # type: ignore[misc]
+        return reward, self.diagnostics(problem, response)
+
     def diagnostics(self, problem: Problem, response: str) -> dict[str, float]:
         """Numbers of a response that are logged as means, but not rewarded.
 
@@ -179,6 +185,32 @@ class Task:
     @property
     def response_prefix(self) -> str:
         return RESPONSE_PREFIXES[self.prompt_style]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A task with a tool (docs/tools.md). Without stop strings, a response is one turn
+
+    stop_strings: ClassVar[tuple[str, ...]] = ()  # each of them ends a turn: the environment responds
+    max_turns: int = 16  # calls of a response that the environment answers. One more call ends the response
+    max_turn_tokens: int = 0  # sampled tokens of a turn. A longer turn ends the response. 0: no limit of its own
+
+    def respond(self, problem: Problem, text_so_far: str) -> str | None:
+        """The environment's text after a turn that ended with a stop string. None ends the response.
+
+        `text_so_far` is the response up to here, with the earlier observations. The text depends on nothing else: a
+        rollout may ask twice. An error that the policy caused is a text like any other.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has stop_strings and no method respond")
+
+    def reward_turns(self, problem: Problem, turns: Sequence[Turn]) -> Reward:
+        """The reward of a response with a tool. A task overrides it to tell sampled text from observations."""
+        return self.reward(problem, "".join(turn.text for turn in turns))
+
+
+def check_stop_strings(stop_strings: Any) -> tuple[str, ...]:
+    """The stop strings as a tuple. Raises ValueError, in one line, for anything but texts that are not empty."""
+    if not isinstance(stop_strings, tuple | list) or not all(isinstance(s, str) and s for s in stop_strings):
+        raise ValueError(f"stop_strings is {stop_strings!r:.200}; expected a tuple of texts, none empty")
+    return tuple(stop_strings)
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,8 @@ METHODS = {  # of a task, with the arguments that they are called with
     "score": ("problem", "answer"),
     "reward": ("problem", "response"),
     "diagnostics": ("problem", "response"),
+    "respond": ("problem", "text_so_far"),
+    "reward_turns": ("problem", "turns"),
 }
 ARGUMENTS = ("problem", "response", "answer", "target")  # that a reward function may have
 
@@ -48,6 +50,8 @@ def user_task_class(source: str) -> type[Task]:
         missing += [method for method in ("train_problem", "test_problem") if _same(cls, method)]
     if all(_same(cls, method) for method in ("is_correct", "score", "reward")):
         missing.append("is_correct (or reward)")
+    if cls.stop_strings and _same(cls, "respond"):
+        missing.append("respond, which its stop_strings need")
     if missing:
         raise ValueError(f"{source}: {name} has no method {', '.join(missing)}; docs/your-own.md shows a complete task")
     for method, arguments in METHODS.items():

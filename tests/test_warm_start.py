@@ -346,7 +346,7 @@ def test_batches_lose_no_example():
     assert [example for batch in found for example in batch] == stream
 
 
-@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
+@pytest.mark.parametrize("task", ["countdown", "arithmetic", "calculator"])
 def test_from_nothing_to_a_folder_and_on_from_there(task, tmp_path, capsys):
     """Both ways to call it. The same seed gives the same weights. Training lowers the loss."""
     options = {"task": task, "tokens": 6000, "batch_tokens": 1000, "threads": 1, "eval_problems": 4}

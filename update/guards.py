@@ -115,7 +115,7 @@ def describe(episode: Episode, number: int) -> str:
     """Describe an episode by the fields that identify it in samples.jsonl."""
     problem = f", problem {episode.problem.id}" if episode.problem else ""
     return (
-        f"number {number} of the step, group {episode.group_id}{problem}: {len(episode.response_ids)} tokens, "
+        f"number {number} of the step, group {episode.group_id}{problem}: {episode.n_sampled} tokens, "
         f"finish reason {episode.finish_reason}, advantage {episode.advantage:.4g}"
     )
 

@@ -6,8 +6,11 @@
 Weights are computed once for the whole step, and micro-batches add up their parts. Their size changes memory,
 not the gradient. The prompt of a group is in a micro-batch once, and all its responses attend to it.
 
-Shape letters: N flat tokens of a micro-batch, M of them scored (response tokens), E episodes, T tokens of one response,
-D hidden.
+A response may contain tokens that the environment gave (docs/tools.md). They are rows like those of a prompt: later
+tokens attend to them, and they have no target. M, `lengths` and all scores count sampled tokens only.
+
+Shape letters: N flat tokens of a micro-batch, M of them scored (sampled tokens), E episodes, T sampled tokens of one
+response, D hidden.
 """
 
 from __future__ import annotations
@@ -95,8 +98,8 @@ class Step:
         loss_type, masked = ("dapo", False) if loss is None else (loss.loss_type, loss.mask_truncated)
         everything = loss is None or loss.needs_equal_groups
         self.sampled_by = (episodes[0].temperature, episodes[0].vocab_size) if episodes else (1.0, None)
-        kept = [bool(e.response_ids) and not (masked and e.truncated) for e in episodes]
-        lengths = torch.tensor([len(e.response_ids) for e in episodes], dtype=torch.long)
+        lengths = torch.tensor([e.n_sampled for e in episodes], dtype=torch.long)
+        kept = [n > 0 and not (masked and e.truncated) for n, e in zip(lengths.tolist(), episodes)]
         longest = max_new_tokens or max([1, *lengths.tolist()])
         keep_M = torch.tensor(kept, dtype=torch.bool).repeat_interleave(lengths)
         weights, mean_weights = (
@@ -163,12 +166,15 @@ class Step:
             last_prompt_row = len(ids) + len(prompt) - 1
             ids += prompt
             for _, e, *_ in group:
-                rows += [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
+                before = [last_prompt_row, *range(len(ids), len(ids) + len(e.response_ids) - 1)]
+                rows += [before[t] for t in e.sampled_positions]
                 ids += e.response_ids[:-1]
         layout = Layout.shared_prefix(
             [len(group[0].episode.prompt_ids) for group in groups] or [1],
             [[len(m.episode.response_ids) - 1 for m in group] for group in groups] or [[]],
         )
+
+        kept = [e.kept[t] for e in episodes if e.kept for t in e.sampled_positions]
 
         def on_device(numbers: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=self.device)
@@ -178,16 +184,16 @@ class Step:
             positions=layout.positions(self.device),
             layout=layout,
             predicting_rows=on_device(rows, torch.long),
-            targets=on_device([i for e in episodes for i in e.response_ids], torch.long),
-            old_logp=on_device([x for e in episodes for x in e.logprobs], torch.float32),
+            targets=on_device([e.response_ids[t] for e in episodes for t in e.sampled_positions], torch.long),
+            old_logp=on_device([x for e in episodes for x in e.sampled_logprobs], torch.float32),
             weights=torch.cat([torch.zeros(0), *(m.weights for m in members)]).to(self.device),
             mean_weights=torch.cat([torch.zeros(0), *(m.mean_weights for m in members)]).to(self.device),
             advantages=on_device([e.advantage for e in episodes], torch.float32),
-            lengths=on_device([len(e.response_ids) for e in episodes], torch.long),
+            lengths=on_device([e.n_sampled for e in episodes], torch.long),
             answer_weight=self.answer_weight,
             temperature=self.sampled_by[0],
             vocab_size=self.sampled_by[1],
-            kept=_rows_of_ids([k for e in episodes for k in e.kept or []]).to(self.device) if self.masked else None,
+            kept=_rows_of_ids(kept).to(self.device) if self.masked else None,
             numbers=[m.number for m in members],
             before=[self.before[m.number] for m in members] if self.before is not None else None,
         )

@@ -66,7 +66,7 @@ def penalise_length(episodes: Sequence[Episode], max_new_tokens: int, buffer: in
     """Take up to 1 from the reward of responses that come within `buffer` tokens of the limit `max_new_tokens`.
 
     This is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). The penalty is the reward part `overlong`."""
-    penalties = [soft_overlong_penalty(len(e.response_ids), max_new_tokens, buffer) for e in episodes]
+    penalties = [soft_overlong_penalty(e.n_sampled, max_new_tokens, buffer) for e in episodes]
     return [_add_part(e, "overlong", penalty, PENALTY_WEIGHTS["overlong"]) for e, penalty in zip(episodes, penalties)]
 
 
@@ -85,7 +85,7 @@ def penalise_divergence(
     with adapters_off(reference):
         scores = score_episodes(reference, episodes, groups=groups, micro_batch_tokens=micro_batch_tokens)
     mine = {
-        i: float(losses.kl_penalty(torch.tensor(e.logprobs), scores[i].logp, kl).sum())
+        i: float(losses.kl_penalty(torch.tensor(e.sampled_logprobs), scores[i].logp, kl).sum())
         for i, e in enumerate(episodes)
         if e.group_id in groups
     }

@@ -106,9 +106,12 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
         "reward": rewards.nanmean().item(),
         "reward_std": _deviation([r for group in groups.values() for r in group]),
         "frac_reward_zero_std": fmean(not has_signal(group) for group in own.values()),
-        "completions/mean_length": fmean(len(e.response_ids) for e in episodes),
+        "completions/mean_length": fmean(e.n_sampled for e in episodes),
         "completions/clipped_ratio": fmean(e.truncated for e in episodes),
     }
+    if any(e.turns is not None for e in episodes):
+        metrics["tools/calls"] = fmean(sum(turn.given for turn in e.turns or []) for e in episodes)
+        metrics["tools/given_tokens"] = fmean(len(e.response_ids) - e.n_sampled for e in episodes)
     missing = fmean(math.isnan(e.reward) for e in episodes)
     if missing:
         metrics["frac_reward_missing"] = missing

@@ -112,9 +112,8 @@ class TokenTraces:
         for mine in gather_each(self._lists()):
             lists |= mine
         for number in self.numbers:
-            episodes[number].trace = {
-                "step": self.facts, "weight": self._weights.get(number, 0.0), **lists.get(number, {})
-            }  # fmt: skip
+            own = {name: _spread(values, episodes[number]) for name, values in lists.get(number, {}).items()}
+            episodes[number].trace = {"step": self.facts, "weight": self._weights.get(number, 0.0), **own}
 
     def _lists(self) -> dict[int, Trace]:
         found: dict[int, Trace] = {}
@@ -129,6 +128,14 @@ class TokenTraces:
                     found[number] = {name: values[start : start + size] for name, values in numbers.items()}
                 start += size
         return found
+
+
+def _spread(values: list[Any], episode: Episode) -> list[Any]:
+    """One number for each token of the response: None for a token that an environment gave."""
+    if episode.sampled is None:
+        return values
+    own = iter(values)
+    return [next(own) if sampled else None for sampled in episode.sampled]
 
 
 def _rounded(name: str, values: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""A response that calls a tool, as a run writes it and as a page shows it."""
+
+import json
+
+import pytest
+from report_fixtures import sample
+
+from data_types import Episode, Turn
+from run.config import Config
+from run.run_log import RunLog
+from study.turns import sampled_mask, turns_html, turns_of
+
+IDS = [ord(letter) for letter in "2*3?6!"]
+SAMPLED = [True, True, True, True, False, True]
+TURNS = [Turn("2*3?", False), Turn("6", True), Turn("!", False)]
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def written(folder, **changes) -> dict:
+    with RunLog(folder, Config(), total_steps=1) as log:
+        log.log_samples(1, [Episode(0, [65], IDS, [-0.5] * 6, decode(IDS), "stop", 1.0, **changes)], decode)
+    return json.loads((folder / "samples.jsonl").read_text())
+
+
+def test_a_sample_has_its_turns_and_its_mask(tmp_path):
+    record = written(tmp_path, sampled=SAMPLED, turns=TURNS)
+    assert record["response"] == "2*3?6!"
+    assert record["response_tokens"] == 5
+    assert turns_of(record) == TURNS
+    assert sampled_mask(record) == SAMPLED
+
+
+def test_a_sample_without_a_tool_is_as_it_was(tmp_path):
+    record = written(tmp_path)
+    assert not {"turns", "token_sampled"} & record.keys()
+    assert turns_of(record) == [("2*3?6!", False)]
+    assert sampled_mask(record) is None
+
+
+def test_given_text_is_marked_and_all_text_is_escaped():
+    record = sample(1, 0, 1, turns=[{"given": False, "text": "<b>"}, {"given": True, "text": "</ins><script>"}])
+    assert turns_html(record) == '&lt;b&gt;<ins class="given">&lt;/ins&gt;&lt;script&gt;</ins>'
+
+
+@pytest.mark.parametrize("turns", [None, [], "x", [1], [{"text": "x"}], [{"text": 3, "given": True}]])
+def test_turns_that_do_not_fit_are_left_out(turns):
+    record = sample(1, 0, 1, turns=turns)
+    assert turns_of(record) == [(record["response"], False)]
+
+
+@pytest.mark.parametrize("mask", [None, "xx", [True], [True, 0], [True, False, True]])
+def test_a_mask_that_does_not_fit_is_left_out(mask):
+    assert sampled_mask(sample(1, 0, 1, token_sampled=mask)) is None
