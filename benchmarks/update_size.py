@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -64,7 +65,7 @@ class TiedUpdate(torch.optim.Optimizer):
         return left @ torch.einsum("n,nij->ij", self.v, P) @ right
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         gradient = torch.zeros_like(self.v)
         for p, (left, P, right) in zip(self.param_groups[0]["params"], self.bases):
             if p.grad is not None:
@@ -139,7 +140,7 @@ def run(asked: argparse.Namespace) -> Path:
                     record["reward"] = trainer.step(batch)[1]["reward"]
                 else:
                     seeds = [(asked.seed * 1_000_003 + step) * 1000 + n for n in range(asked.population)]
-                    record["reward"] = fmean(search.step(lambda batch=batch: greedy_reward(trainer, batch), seeds))
+                    record["reward"] = fmean(search.step(partial(greedy_reward, trainer, batch), seeds))
             if step == config.steps or step % asked.eval_every == 0:
                 record |= evaluate(trainer, held_out)
             file.write(json.dumps(record) + "\n")

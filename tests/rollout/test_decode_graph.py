@@ -360,9 +360,10 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer):
 def test_recorded_steps_keep_the_same_ids(tokenizer):
     """A step that is recorded once and replayed, as a CUDA graph is, fills the table of the kept ids, too."""
     settings = {"top_k": 5, "top_p": 0.9, "keep_mask": True}
-    recorded = decoder_for(make_model(), tokenizer, **settings).run()
-    plain = decoder_for(make_model(), tokenizer, capture=None, **settings).run()
-    assert_same(recorded, plain)
+    model = make_model()
+    replayed = decoder_for(model, tokenizer, **settings).run()
+    plain = decoder_for(model, tokenizer, capture=None, **settings).run()
+    assert_same(replayed, plain)
     for row, length in enumerate(plain.lengths.tolist()):
-        assert torch.equal(recorded.kept[row, :length], plain.kept[row, :length])
+        assert torch.equal(replayed.kept[row, :length], plain.kept[row, :length])
     assert (plain.kept >= 0).any()
