@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +171,8 @@ def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatc
     """Rows are as many as a part of memory holds, for any max_rows. At least one."""
     model, given = make_model(), []
     token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
+    machine = SimpleNamespace(total=4 * 30 * 21 * token)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: machine)
     assert rows_that_fit(model.config, 21, model.dtype, model.device) == 30
     assert rows_that_fit(model.config, 10**9, model.dtype, model.device) == 1
     real = generation.decode
