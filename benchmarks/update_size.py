@@ -244,11 +244,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=75)
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--eval-problems", type=int, default=512)
-    parser.add_argument("--lr", type=float, help="step size (default: tied 0.02, evolution 0.01)")
+    parser.add_argument("--lr", type=float, help="step size (default: tied 0.02, evolution 0.0015)")
     parser.add_argument("--numbers", type=int, default=13, help="tied: how many numbers are trained")
     parser.add_argument("--rank", type=int, default=2, help="tied: singular directions of each matrix")
-    parser.add_argument("--population", type=int, default=8, help="evolution: disturbed models per step")
-    parser.add_argument("--sigma", type=float, default=0.01, help="evolution: size of the noise")
+    parser.add_argument("--population", type=int, default=16, help="evolution: disturbed models per step")
+    parser.add_argument("--sigma", type=float, default=0.003, help="evolution: size of the noise")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py")
     parser.add_argument(
         "--out", type=Path, default=compare.RESULTS, help="report: folder of the figure and the raw file"
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     if asked.way == "report":
         return report(asked)
-    asked.lr = asked.lr or {"tied": 0.02, "evolution": 0.01}[asked.way]
+    asked.lr = asked.lr or {"tied": 0.02, "evolution": 0.0015}[asked.way]
     if finished(asked.way, asked.seed, asked.steps):
         print(f"{run_folder(asked.way, asked.seed)} is finished")
         return None
