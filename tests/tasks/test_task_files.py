@@ -352,6 +352,7 @@ def test_a_path_in_the_home_folder_is_found(tmp_path, monkeypatch):
 
 def test_parts_of_messages():
     assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError("a\x1b[2J\u202eb\ud800 é")) == r"a\x1b[2J\u202eb\ud800 é"
     assert first_line(ValueError()) == "ValueError"
     assert did_you_mean("reward_preste", ["reward_preset", "seed"]) == "; did you mean reward_preset?"
     assert did_you_mean("zzz", []) == "; known are none"
