@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+import evaluate
 from math_task import CountdownTask, MathDataset, make_task, task_from_config
 from run.config import Config
 from tasks.messages import closest, did_you_mean, first_line, home_path
@@ -358,3 +359,11 @@ def test_parts_of_messages():
     assert did_you_mean("zzz", []) == "; known are none"
     assert closest("zzz", ["a"]) == "a"
     assert closest("zzz", []) is None
+
+
+def test_an_evaluation_says_which_rows_it_takes(tmp_path, capsys):
+    write(tmp_path / "train.jsonl", [{"question": f"{i}?", "answer": i} for i in range(5)])
+    write(tmp_path / "dev.jsonl", [{"question": "5?", "answer": 5}])
+    words = ["--task", "jsonl", "--data", str(tmp_path), "--max-new-tokens", "4", "--samples", "1"]
+    assert evaluate.main(words) == 0
+    assert "data: training train.jsonl: 5 rows; held out dev.jsonl: 1 row\n" in capsys.readouterr().out
