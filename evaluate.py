@@ -61,6 +61,8 @@ def evaluate_checkpoint(config: Config, ckpt: str, samples: int) -> Evaluation:
     model, tokenizer = load_policy(config, ckpt)
     task = task_from_config(config)
     problems = task.test_problems(config.eval_problems)
+    if task.data_summary and ckpt == config.ckpt:  # once, also with several checkpoints
+        say(f"data: {task.data_summary}")
     if not problems:
         raise ValueError(
             f"{config.task} gave no held-out problem, --eval-problems is {config.eval_problems}; ask for some"
