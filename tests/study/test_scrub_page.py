@@ -162,6 +162,12 @@ def test_a_run_without_snapshots_has_no_slider(page_file):
     assert 'id="scrub"' not in page_file.read_text()
 
 
+def test_a_checkpoint_of_the_run_has_the_slider_too(run_folder, tmp_path):
+    checkpoint = run_folder / "checkpoints" / "step-000075"
+    facts = explain.explain(explain.Options(after=str(checkpoint), new_tokens=1))
+    assert facts["live"]["snapshots"]["steps"] == STEPS
+
+
 def test_snapshots_of_another_model_are_one_line(run_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run_folder / "checkpoints", folder / "checkpoints")
