@@ -135,7 +135,9 @@ def test_the_slider_follows_the_chosen_token_and_head(page):
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
 def test_the_keyboard_moves_the_slider_and_nothing_is_covered(browser, scrub_file, width, scheme):
     page = opened(browser, scrub_file, width, scheme)
+    assert page.locator("#frame-value").inner_text() == "step 75 of 75"
     page.locator("#frame").focus()
+    page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     assert page.locator("#frame-value").inner_text() == "step 8 of 75"
     page.locator("#frame-later").focus()
