@@ -83,8 +83,8 @@ def explain(options: Options) -> dict[str, Any]:
     folder = locate_pretrained(options.ckpt)
     model, tokenizer = load_pretrained(folder, torch.float32)
     models, names = [model], [Path(options.ckpt).name]
-    if options.after:
-        after = locate_after(options.after)
+    after = locate_after(options.after) if options.after else None
+    if after:
         models.append(load_pretrained(after, torch.float32)[0])
         names.append(after.name)
     parameters = sum(p.numel() for p in model.parameters())
@@ -99,7 +99,7 @@ def explain(options: Options) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "names": names, "config": model.config.to_dict(), "prompt_tokens": len(ids), "parameters": parameters,
     }  # fmt: skip
-    if options.after:
+    if after:
         facts["compare"] = compare(model, models[1], tokenizer, text, start=len(ids) - 1)
     facts["looks"] = [
         look(m, tokenizer, text, layers=options.layers, heads=options.heads, start=len(ids) - 1) for m in models
@@ -107,7 +107,7 @@ def explain(options: Options) -> dict[str, Any]:
     facts["not_live"] = why_not_live(parameters, description)
     if facts["not_live"] is None:
         facts["live"] = live(models, tokenizer, description, prompt, trained)
-        facts["live"]["snapshots"] = scrubbed(Path(options.after), model) if options.after else None
+        facts["live"]["snapshots"] = scrubbed(after.parent.parent, model) if after else None  # a run's folder
     return facts
 
 
