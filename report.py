@@ -153,7 +153,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def _port(text: str) -> int:
-    if text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 65535:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text[:40]!r}, expected a port from 1 to 65535")
 
@@ -165,8 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     after = "score the shown samples with a later checkpoint (default: each run's last one)"
     parser.add_argument("--after", nargs="?", const="latest", metavar="CHECKPOINT", help=after)
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write every chart as a picture there")
-    step = "show all responses of these steps in the token microscope (default: the first and the last)"
-    parser.add_argument("--step", nargs="+", type=int, default=[], metavar="N", help=step)
+    step = "show all responses of this step in the token microscope (repeatable; default: the first and the last)"
+    parser.add_argument("--step", action="append", type=int, default=[], metavar="N", help=step)
     serve = "serve the page on the loopback address; it grows while the run goes on (Ctrl-C ends it)"
     parser.add_argument("--follow", action="store_true", help=serve)
     parser.add_argument("--port", type=_port, help="port of --follow (default: the first free one from 8765 on)")

@@ -179,6 +179,11 @@ def test_a_folder_that_is_missing_is_said_in_one_line(tmp_path, capsys):
     assert "is no folder" in capsys.readouterr().err
     assert report.main([str(write_run(tmp_path / "a")), "--port", "9000"]) == 2
     assert "add --follow" in capsys.readouterr().err
+    for port in ("0", "65536", "x", "9" * 5000):
+        assert report.main(["--follow", str(tmp_path / "a"), "--port", port]) == 2
+        error = capsys.readouterr().err
+        assert "expected a port from 1 to 65535" in error
+        assert error.count("\n") == 1
 
 
 def test_the_server_writes_nothing(tmp_path, serve):
