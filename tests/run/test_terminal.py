@@ -24,6 +24,7 @@ from test_train import SMALL, metrics_of, wait_for
 
 import evaluate
 import train
+from parallel import distributed
 from run import terminal
 from run.checkpoint import find_checkpoint, verify_checkpoint
 from run.config import Config
@@ -448,3 +449,8 @@ def test_a_display_is_redrawn_only_where_a_person_looks_at_a_terminal(tmp_path, 
     monkeypatch.setenv("TERM", "xterm-color")
     with RunLog(tmp_path, Config(log_to=()), total_steps=1) as log:
         assert isinstance(log._progress, LiveProgress) == (terminal and variable != "JPY_PARENT_PID")
+
+
+def test_a_line_of_one_of_several_processes_is_escaped(capsys):
+    distributed.complain(f"train.py: runs/{ESCAPE}")
+    assert capsys.readouterr().err == "train.py: runs/\\x1b]0;owned\\x07\\x1b[2J\\u202e\n"
