@@ -32,6 +32,7 @@ from run.checkpoint import find_checkpoint
 from run.flags import normalise, one_line, parse_flags
 from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
+from run.run_folder import check_output
 from run.terminal import complain, run_program, say
 from study.anatomy import compare, look
 from study.live import (
@@ -172,8 +173,8 @@ def _without_what_the_page_computes(facts: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     try:
         options = parse_flags(Options, normalise(argv, {}))
-        if not (options.text or options.out.parent.is_dir()):
-            raise FileNotFoundError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+        if not options.text:
+            check_output(options.out, "--out")
         facts = explain(options)
         if not options.text:
             options.out.write_text(page(facts), encoding="utf-8")

@@ -31,6 +31,7 @@ from data_types import Episode
 from run.checkpoint import find_checkpoint
 from run.flags import ArgumentParser, one_line
 from run.pretrained import load_policy
+from run.run_folder import check_output
 from run.terminal import complain, run_program, say
 from study.follow import follow
 from study.microscope import microscope
@@ -181,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
                 render=lambda shown, scripts: page(shown, following=True, scripts=scripts),
                 port=args.port,
             )
+        if args.out or args.runs[0].is_dir():
+            check_output(out, "--out")
         shown = gather(args.runs, args.step, args.after)
         if args.png:
             save_pictures(shown["charts"], shown["names"], args.png)
