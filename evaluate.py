@@ -33,6 +33,7 @@ from run.flags import help_text, one_line, take_flag
 from run.options import TaskOptions
 from run.pretrained import load_policy
 from run.progress import plain
+from run.run_folder import check_output
 from run.terminal import complain, run_program, say
 from study.intervals import difference_interval, pass_at_k, share_interval
 from update.step_metrics import reward_metrics
@@ -61,6 +62,8 @@ def evaluate_checkpoint(config: Config, ckpt: str, samples: int) -> Evaluation:
     model, tokenizer = load_policy(config, ckpt)
     task = task_from_config(config)
     problems = task.test_problems(config.eval_problems)
+    if task.data_summary and ckpt == config.ckpt:  # once, also with several checkpoints
+        say(f"data: {task.data_summary}")
     if not problems:
         raise ValueError(
             f"{config.task} gave no held-out problem, --eval-problems is {config.eval_problems}; ask for some"
@@ -130,8 +133,8 @@ def main(argv: list[str]) -> int:
         ckpts, n = [config.ckpt, *after], _samples(samples)
         if len(set(ckpts)) < len(ckpts):
             raise ValueError(f"a checkpoint is named twice: {', '.join(ckpts)}")
-        if file and not Path(file[-1]).resolve().parent.is_dir():
-            raise ValueError(f"--json {file[-1]}: there is no such folder; make it first")
+        if file:
+            check_output(Path(file[-1]), "--json")
         found = {ckpt: evaluate_checkpoint(config, ckpt, n) for ckpt in ckpts}
     except (ValueError, OSError) as error:
         complain(f"evaluate.py: {one_line(error)}")

@@ -32,6 +32,7 @@ from run.checkpoint import find_checkpoint
 from run.flags import normalise, one_line, parse_flags
 from run.options import BUNDLED_CKPT
 from run.pretrained import load_pretrained, locate_pretrained
+from run.run_folder import check_output
 from run.terminal import complain, run_program, say
 from study.anatomy import compare, look
 from study.live import (
@@ -83,8 +84,8 @@ def explain(options: Options) -> dict[str, Any]:
     folder = locate_pretrained(options.ckpt)
     model, tokenizer = load_pretrained(folder, torch.float32)
     models, names = [model], [Path(options.ckpt).name]
-    if options.after:
-        after = locate_after(options.after)
+    after = locate_after(options.after) if options.after else None
+    if after:
         models.append(load_pretrained(after, torch.float32)[0])
         names.append(after.name)
     parameters = sum(p.numel() for p in model.parameters())
@@ -99,7 +100,7 @@ def explain(options: Options) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "names": names, "config": model.config.to_dict(), "prompt_tokens": len(ids), "parameters": parameters,
     }  # fmt: skip
-    if options.after:
+    if after:
         facts["compare"] = compare(model, models[1], tokenizer, text, start=len(ids) - 1)
     facts["looks"] = [
         look(m, tokenizer, text, layers=options.layers, heads=options.heads, start=len(ids) - 1) for m in models
@@ -107,7 +108,7 @@ def explain(options: Options) -> dict[str, Any]:
     facts["not_live"] = why_not_live(parameters, description)
     if facts["not_live"] is None:
         facts["live"] = live(models, tokenizer, description, prompt, trained)
-        facts["live"]["snapshots"] = scrubbed(Path(options.after), model) if options.after else None
+        facts["live"]["snapshots"] = scrubbed(after.parent.parent, model) if after else None  # a run's folder
     return facts
 
 
@@ -172,8 +173,8 @@ def _without_what_the_page_computes(facts: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     try:
         options = parse_flags(Options, normalise(argv, {}))
-        if not (options.text or options.out.parent.is_dir()):
-            raise FileNotFoundError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+        if not options.text:
+            check_output(options.out, "--out")
         facts = explain(options)
         if not options.text:
             options.out.write_text(page(facts), encoding="utf-8")

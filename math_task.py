@@ -360,7 +360,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{path} is there already and stays; give the name of a new file")
         write_math_tasks(path)
     except (OSError, ValueError) as error:
-        print("math_task.py:", ascii(first_line(error))[1:-1], file=sys.stderr)  # without control characters
+        print("math_task.py:", first_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -4,6 +4,8 @@
     python report.py runs/A runs/B --out compare.html
     python report.py runs/NAME --after               # also how much likelier the last checkpoint makes the samples
     python report.py runs/NAME --png FOLDER          # also a picture of every chart, drawn by matplotlib
+    python report.py runs/NAME --step 40             # the token microscope shows all responses of step 40
+    python report.py --follow runs/NAME              # serves the page, which grows while the run goes on
 
 The page is made from the files of a run (config.yaml, metrics.jsonl, samples.jsonl, held_out.jsonl, machine.json). The
 run may still be going on, or may have been killed in the middle of a line. Lines and values of a wrong type are left
@@ -29,7 +31,10 @@ from data_types import Episode
 from run.checkpoint import find_checkpoint
 from run.flags import ArgumentParser, one_line
 from run.pretrained import load_policy
+from run.run_folder import check_output
 from run.terminal import complain, run_program, say
+from study.follow import follow
+from study.microscope import microscope
 from study.pictures import save_pictures
 from study.responses import marked, marked_tokens
 from study.run_facts import facts
@@ -39,7 +44,7 @@ from tokenizer import Tokenizer
 from update.scoring import score_episodes
 
 PAGES = Path(__file__).resolve().parent / "study" / "pages"
-SCRIPTS = ("page.js", "charts.js", "report.js")
+SCRIPTS = ("page.js", "charts.js", "microscope.js", "report.js")
 GROUPS = 3  # sampled groups that are shown of the first step and of the last
 
 
@@ -50,7 +55,7 @@ def groups(run: Run) -> list[dict[str, Any]]:
         members: dict[int, list[Record]] = defaultdict(list)
         for sample in run.samples:
             if sample["step"] == step:
-                members[sample["group_id"]].append(sample)
+                members[sample["group_id"]].append({name: v for name, v in sample.items() if name != "update"})
         ordered = sorted(members.values(), key=lambda group: "tokens" not in group[0])
         found += [
             {"step": step, "problem": g[0]["problem"], "prompt": g[0]["prompt"], "answers": g} for g in ordered[:GROUPS]
@@ -97,14 +102,33 @@ def _episode(answer: Record, tokenizer: Tokenizer, temperature: float) -> Episod
     )  # fmt: skip
 
 
-def page(shown: dict[str, Any]) -> str:
-    """One HTML file with everything in it. Text of a model is data: it never becomes markup."""
+def gather(folders: list[Path], steps: list[int], after: str | None = None) -> dict[str, Any]:
+    """Read the runs. Returns everything that the page shows. Raises ValueError or OSError with one line."""
+    runs = [read_run(folder) for folder in folders]
+    shown = facts(runs)
+    shown["groups"] = [groups(run) for run in runs]
+    shown["microscope"] = [microscope(run, steps) for run in runs]
+    shown["progress"] = ", ".join(f"{run.name}, step {run.metrics.index[-1]} of {run.config.steps}" for run in runs)
+    if after:
+        for run, found in zip(runs, shown["groups"]):
+            add_ratios(run, found, after)
+    mark_false_sums(shown)
+    return shown
+
+
+def page(shown: dict[str, Any], following: bool = False, scripts: bool = True) -> str:
+    """One HTML file with everything in it. Text of a model is data: it never becomes markup.
+
+    following: the page asks its server for news. scripts: False leaves the scripts out, for an answer to that.
+    """
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
+    names = [*SCRIPTS, "follow.js"] if following else SCRIPTS
     return environment.get_template("report.html").render(
         facts=shown,
+        following=following,
         style="".join((PAGES / name).read_text(encoding="utf-8") for name in ("base.css", "report.css")),
-        plotly=plotly.offline.get_plotlyjs(),
-        script="\n".join((PAGES / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        plotly=plotly.offline.get_plotlyjs() if scripts else "",
+        script="\n".join((PAGES / name).read_text(encoding="utf-8") for name in names),
         data=json.dumps(_finite(shown), allow_nan=False).replace("<", "\\u003c"),
     )
 
@@ -118,6 +142,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    for name in ("out", "after", "png"):
+        if args.follow and getattr(args, name):
+            raise ValueError(
+                f"--{name} does not go with --follow, which writes no file and loads no model: leave it out"
+            )
+    if args.port and not args.follow:
+        raise ValueError(f"--port {args.port} is the port of --follow: add --follow, or leave --port out")
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}, expected a port from 1 to 65535")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
@@ -125,16 +166,25 @@ def main(argv: list[str] | None = None) -> int:
     after = "score the shown samples with a later checkpoint (default: each run's last one)"
     parser.add_argument("--after", nargs="?", const="latest", metavar="CHECKPOINT", help=after)
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write every chart as a picture there")
+    step = "show all responses of this step in the token microscope (repeatable; default: the first and the last)"
+    parser.add_argument("--step", action="append", type=int, default=[], metavar="N", help=step)
+    serve = "serve the page on the loopback address; it grows while the run goes on (Ctrl-C ends it)"
+    parser.add_argument("--follow", action="store_true", help=serve)
+    parser.add_argument("--port", type=_port, help="port of --follow (default: the first free one from 8765 on)")
     try:
         args = parser.parse_args(argv)
         out = args.out or args.runs[0] / "report.html"
-        runs = [read_run(folder) for folder in args.runs]
-        shown = facts(runs)
-        shown["groups"] = [groups(run) for run in runs]
-        if args.after:
-            for run, found in zip(runs, shown["groups"]):
-                add_ratios(run, found, args.after)
-        mark_false_sums(shown)
+        check_flags(args)
+        if args.follow:
+            return follow(
+                args.runs,
+                build=lambda: gather(args.runs, args.step),
+                render=lambda shown, scripts: page(shown, following=True, scripts=scripts),
+                port=args.port,
+            )
+        if args.out or args.runs[0].is_dir():
+            check_output(out, "--out")
+        shown = gather(args.runs, args.step, args.after)
         if args.png:
             save_pictures(shown["charts"], shown["names"], args.png)
         out.write_text(page(shown), encoding="utf-8", errors="replace")  # a lone surrogate has no UTF-8

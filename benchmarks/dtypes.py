@@ -7,9 +7,9 @@ Environment variables limit the instructions: ATEN_CPU_CAPABILITY those of torch
 of oneDNN, MKL_ENABLE_INSTRUCTIONS those of MKL. The clock rate, the caches and the memory stay this machine's. A real
 laptop also has another of each, so only the ratio of the two types says something about it.
 
-Each type is a process of its own, and they take turns. `auto` is the type that `--dtype auto` takes there, and
-`auto / other` its time over that of the other type. Medians over `--repeats` steps, after `--warmup` that are not
-counted.
+Each type is a process of its own, and they take turns. The seconds are those of the processor, so other programs on the
+machine do not count. `auto` is the type that `--dtype auto` takes there, and `auto / other` its time over that of the
+other type. Medians over `--repeats` steps, after `--warmup` that are not counted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import contextlib
 import multiprocessing
 import os
 import platform
+import statistics
+import sys
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,8 +59,24 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+class Clocked:
+    """A pipe whose timings also hold the processor's seconds since the last message came."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe, self.started = pipe, 0.0
+
+    def recv(self) -> object:
+        message, self.started = self.pipe.recv(), time.process_time()
+        return message
+
+    def send(self, message: object) -> None:
+        if isinstance(message, dict):
+            message = message | {"cpu_s": time.process_time() - self.started}
+        self.pipe.send(message)
+
+
 def one_type(dtype: str, pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
-    step.ours(pipe, argparse.Namespace(**{**vars(args), "dtype": dtype}), folder)
+    step.ours(Clocked(pipe), argparse.Namespace(**{**vars(args), "dtype": dtype}), folder)
 
 
 def bf16(pipe: Connection, args: argparse.Namespace, folder: Path) -> None:
@@ -86,11 +105,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
         with environment(SETS[name]):
             auto, reason = choice(folder)
             found = common.take_turns({"bf16": bf16, "fp32": fp32}, args.warmup + args.repeats, args, folder)
-        sides = {side: {"steps": f["turns"][args.warmup :], "peak_gib": f["last"]} for side, f in found.items()}
-        medians = {side: numbers["step_s"] for side, numbers in step.summarise(sides, args).items()}
-        other = "fp32" if auto == "bf16" else "bf16"
-        ratio = medians[auto] / medians[other]
-        results[name] = {**medians, "auto": auto, "reason": reason, "auto/other": ratio, "steps": sides}
+        steps = {side: f["turns"][args.warmup :] for side, f in found.items()}
+        medians = {side: statistics.median(t["cpu_s"] for t in turns) for side, turns in steps.items()}
+        ratio = medians[auto] / medians["fp32" if auto == "bf16" else "bf16"]
+        results[name] = {**medians, "auto": auto, "reason": reason, "auto/other": ratio, "steps": steps}
+        print(name, medians, file=sys.stderr)
     return results
 
 
@@ -112,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     with common.checkpoint(args) as folder:
         results = measure(args, folder)
     print(common.table(
-        ("instructions", "bf16 s", "fp32 s", "auto", "auto / other"),
+        ("instructions", "bf16 cpu s", "fp32 cpu s", "auto", "auto / other"),
         [(name, row["bf16"], row["fp32"], row["auto"], row["auto/other"]) for name, row in results.items()],
     ))  # fmt: skip
     common.print_json(args, {"sets": results})

@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -64,7 +65,7 @@ class TiedUpdate(torch.optim.Optimizer):
         return left @ torch.einsum("n,nij->ij", self.v, P) @ right
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         gradient = torch.zeros_like(self.v)
         for p, (left, P, right) in zip(self.param_groups[0]["params"], self.bases):
             if p.grad is not None:
@@ -139,7 +140,7 @@ def run(asked: argparse.Namespace) -> Path:
                     record["reward"] = trainer.step(batch)[1]["reward"]
                 else:
                     seeds = [(asked.seed * 1_000_003 + step) * 1000 + n for n in range(asked.population)]
-                    record["reward"] = fmean(search.step(lambda batch=batch: greedy_reward(trainer, batch), seeds))
+                    record["reward"] = fmean(search.step(partial(greedy_reward, trainer, batch), seeds))
             if step == config.steps or step % asked.eval_every == 0:
                 record |= evaluate(trainer, held_out)
             file.write(json.dumps(record) + "\n")
@@ -243,11 +244,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=75)
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--eval-problems", type=int, default=512)
-    parser.add_argument("--lr", type=float, help="step size (default: tied 0.02, evolution 0.01)")
+    parser.add_argument("--lr", type=float, help="step size (default: tied 0.02, evolution 0.0015)")
     parser.add_argument("--numbers", type=int, default=13, help="tied: how many numbers are trained")
     parser.add_argument("--rank", type=int, default=2, help="tied: singular directions of each matrix")
-    parser.add_argument("--population", type=int, default=8, help="evolution: disturbed models per step")
-    parser.add_argument("--sigma", type=float, default=0.01, help="evolution: size of the noise")
+    parser.add_argument("--population", type=int, default=16, help="evolution: disturbed models per step")
+    parser.add_argument("--sigma", type=float, default=0.003, help="evolution: size of the noise")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py")
     parser.add_argument(
         "--out", type=Path, default=compare.RESULTS, help="report: folder of the figure and the raw file"
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     if asked.way == "report":
         return report(asked)
-    asked.lr = asked.lr or {"tied": 0.02, "evolution": 0.01}[asked.way]
+    asked.lr = asked.lr or {"tied": 0.02, "evolution": 0.0015}[asked.way]
     if finished(asked.way, asked.seed, asked.steps):
         print(f"{run_folder(asked.way, asked.seed)} is finished")
         return None

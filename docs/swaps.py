@@ -26,6 +26,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -165,8 +166,11 @@ def measure(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def positions(writer: Writer, written: list[list[int]]) -> dict[str, float]:
-    """Of all positions of the responses of the model before training: how many there are, and how many differ."""
+def positions(writer: Writer, written: list[list[int]]) -> dict:
+    """Of all positions of the responses of the model before training: how many there are, and how many differ.
+
+    `at_the_largest`: of each response's largest KL, the tokens that the models prefer there, with their counts.
+    """
     found = writer.choices(written)
     kl = torch.cat([row[0] for row in found])
     other = torch.cat([own != preferred for _, own, preferred in found]).float()
@@ -175,7 +179,16 @@ def positions(writer: Writer, written: list[list[int]]) -> dict[str, float]:
         "number": len(kl), "per_response": len(kl) / len(written), "prefer_another_token": float(other.mean()),
         "kl_above_0.1": float((kl > 0.1).float().mean()), "kl_mean": float(kl.mean()),
         "hold_half_of_the_kl": float((largest < 0.5).float().mean()),
+        "at_the_largest": {
+            name: common(writer.tokenizer, [int(row[column][row[0].argmax()]) for row in found])
+            for name, column in (("before", 1), ("after", 2))
+        },
     }  # fmt: skip
+
+
+def common(tokenizer: Tokenizer, ids: list[int]) -> dict[str, int]:
+    """The five most common tokens as text, with their counts."""
+    return {tokenizer.decode([i]): count for i, count in Counter(ids).most_common(5)}
 
 
 def draw(found: dict, path: Path) -> None:

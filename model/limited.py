@@ -9,7 +9,8 @@ killed when a call exceeds a limit. The next call starts a new one.
 
 Arguments and values are JSON, one line each way. While this process waits for a reply, it looks at the child's
 processor time and memory several times a second (psutil), on every system. On Linux the system limits the memory as
-well, so that not even a short peak exceeds it.
+well, so that not even a short peak exceeds it. If this process is killed, the child ends: with the pipe, or in the
+middle of a call by the system's limit on processor time (not on Windows).
 """
 
 from __future__ import annotations
@@ -128,12 +129,13 @@ def call_limited(target: str, *arguments: Any, cpu_s: float | None = None, memor
     Raises LimitedError. Raises TypeError, ValueError or RecursionError if the arguments are not JSON data.
     """
     global _child
-    request = _line({"target": target, "arguments": arguments, "memory": memory_mib << 20})
+    cpu_s = CPU_S if cpu_s is None else cpu_s
+    request = _line({"target": target, "arguments": arguments, "cpu_s": cpu_s, "memory": memory_mib << 20})
     with _lock:
         # After a fork the pipes are the parent's: this process needs a child of its own.
         if _child is None or not _child.close.alive or _child.parent != os.getpid():
             _child = _Child()
-        reply = _child.call(request, CPU_S if cpu_s is None else cpu_s, memory_mib << 20)
+        reply = _child.call(request, cpu_s, memory_mib << 20)
     if "error" in reply:
         raise LimitedError(reply["error"])
     return reply["value"]
@@ -154,7 +156,7 @@ def serve() -> None:
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
         message = json.loads(line.decode("utf-8", "surrogatepass"))
-        _limit_memory(message["memory"])
+        _limit(message["cpu_s"], message["memory"])
         module, _, name = message["target"].partition(":")
         try:
             value = getattr(importlib.import_module(module), name)(*message["arguments"])
@@ -166,12 +168,17 @@ def serve() -> None:
         replies.flush()
 
 
-def _limit_memory(more: int) -> None:
-    """Linux: let this process have `more` bytes of address space beyond its present ones."""
-    statm = Path("/proc/self/statm")
-    if resource is None or not statm.exists():
+def _limit(cpu_s: float, memory: int) -> None:
+    """Limits of the system, counted from what this process has used. That of processor time is the last resort."""
+    if resource is None:
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    wanted = int(statm.read_text().split()[0]) * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    _set_soft(resource.RLIMIT_CPU, int(sum(os.times()[:2]) + cpu_s) + 2)
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # Linux: the limit is one of address space
+        _set_soft(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + memory)
+
+
+def _set_soft(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from data_types import Episode
 from model.memory import is_out_of_memory
+from run.terminal import printable
 from tasks.messages import first_line
 
 T = TypeVar("T")
@@ -310,7 +311,7 @@ def complain(text: str) -> None:
             first = True
     if first:
         with contextlib.suppress(OSError, ValueError):  # standard error may be a closed pipe or on a full disk
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def _lost_connection(error: Exception) -> bool:

@@ -9,6 +9,7 @@ import os
 import platform
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -31,8 +32,4 @@ def _processor() -> str:
 
 
 def _memory() -> str:
-    try:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return ""
-    return f", {pages * size / 2**30:.0f} GiB"
+    return f", {psutil.virtual_memory().total / 2**30:.0f} GiB"

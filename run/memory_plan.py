@@ -78,10 +78,13 @@ def check_machine(config: Config) -> None:
         check_compiler(device)
     if sizes := peek_sizes(config.ckpt):  # else the download itself says why not
         dtype, _ = choose_dtype(config.dtype, device, sizes)
-        with torch.device("meta"):  # shapes without storage
-            model = Qwen2ForCausalLM(sizes).to(dtype)
-            if config.lora_rank:
-                add_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+        try:
+            with torch.device("meta"):  # shapes without storage
+                model = Qwen2ForCausalLM(sizes).to(dtype)
+                if config.lora_rank:
+                    add_lora(model, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+        except RuntimeError:  # sizes beyond 2^63 bytes; the load names the file
+            return
         choose_place(model, config, device)
 
 

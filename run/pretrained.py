@@ -24,6 +24,7 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # never pickled weights, never code
 DEFAULT_OWNER = "Qwen"
+OWN_FOLDERS = ("models", "assets", "runs", "checkpoints", "output", "outputs")  # no owners of repos
 HUB = "https://huggingface.co/"
 REPO = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # no path: it does not begin with ".", "/" or "~"
 
@@ -52,7 +53,9 @@ def _local_folder(name: str) -> Path | None:
     if path.is_file():
         raise FileNotFoundError(f"--ckpt {name} is a file; expected the folder that holds it: --ckpt {path.parent}")
     if not REPO.fullmatch(name) or _is_path_of_ones_own(name):
-        raise FileNotFoundError(f"--ckpt {_cut(name)}: there is no such folder{_looked_in(path)}{_neighbours(path)}")
+        fetch = f"; to fetch it: --ckpt {name[7:]}" if re.fullmatch(r"models/[\w.-]+", name) else ""
+        found = f"{_looked_in(path)}{_neighbours(path)}{fetch}"
+        raise FileNotFoundError(f"--ckpt {_cut(name)}: there is no such folder{found}")
     return None
 
 
@@ -135,12 +138,14 @@ def _with_config(folder: Path, name: str) -> Path:
 
 
 def _is_path_of_ones_own(name: str) -> bool:
-    """True for runs/mine, which looks like a repo id, if there is a folder runs here.
+    """True for runs/mine and the like, which look like repo ids.
 
-    A folder of checkpoints, such as Qwen/ with Qwen2.5-0.5B in it, does not count: Qwen/Qwen2.5-7B may be on the Hub.
+    A folder runs that is here makes runs/mine a path. A folder of checkpoints does not: with Qwen/Qwen2.5-0.5B here,
+    Qwen/Qwen2.5-7B may still be on the Hub.
     """
-    above = Path(name).parent
-    return "/" in name and name[:7] != "models/" and above.is_dir() and not any(above.glob("*/config.json"))
+    first, _, rest = name.partition("/")
+    above = Path(first)
+    return bool(rest) and (first in OWN_FOLDERS or (above.is_dir() and not any(above.glob("*/config.json"))))
 
 
 def _looked_in(path: Path) -> str:

@@ -69,8 +69,25 @@ def check_writable(run_dir: Path) -> None:
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--run-dir {run_dir}: {there} is a file, expected a folder")
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not _is_writable(there):
         raise ValueError(f"{there} cannot be written: name a folder for the run with --run-dir")
+
+
+def check_output(path: Path, flag: str) -> None:
+    """Raises FileNotFoundError or ValueError if a file cannot be written at `path`. Call it before time is spent."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder, expected a file")
+    if not _is_writable(path if path.exists() else folder):
+        raise ValueError(f"{flag} {path} cannot be written: name a file in another folder with {flag}")
+
+
+def _is_writable(path: Path) -> bool:
+    """Whether this process may write a file, or new files in a folder."""
+    mode = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def claim(config: Config, lock: RunLock) -> Path:

@@ -42,7 +42,7 @@ from run.progress import (
     result_lines,
     summary_table,
 )
-from run.terminal import complain, discard, write_error
+from run.terminal import can_redraw, complain, discard, write_error
 from run.trackers import Tracker, held_out_texts, open_trackers, sample_texts
 
 
@@ -52,7 +52,8 @@ class RunLog:
     Args:
         run_dir: the run's folder. It is made if it is not there.
         total_steps: number of the last step, for the display.
-        live: True redraws a display in place, False prints a line a step. None: live on a terminal.
+        live: True redraws a display in place, False prints a line a step. None: live on a terminal, but not in the
+            cell of a notebook.
 
     Raises ValueError if the folder already holds another run's metrics and `config.resume` is not set, and if a tracker
     of `config.log_to` cannot be started.
@@ -85,7 +86,7 @@ class RunLog:
         self._evaluating_since: float | None = None
         self.console = Display()
         if live is None:
-            live = self.console.is_terminal and not self.console.is_dumb_terminal
+            live = can_redraw() and not self.console.is_dumb_terminal
         title = f"{Path(config.ckpt).name}  {config.task}  {self.run_dir}"
         self._progress = LiveProgress(self.history, self.console, title) if live else PlainProgress(self.history)
 

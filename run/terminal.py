@@ -85,6 +85,13 @@ def complain(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def can_redraw() -> bool:
+    """Whether standard output is a terminal that a person looks at. The cell of a notebook gives its programs a
+    terminal, too, and stores every frame that is drawn there."""
+    in_cell = any(name in os.environ for name in ("JPY_PARENT_PID", "JPY_SESSION_NAME"))  # set by Jupyter's kernels
+    return not in_cell and sys.stdout.isatty()
+
+
 def log_to_standard_error() -> None:
     """Let the `logging` module write one plain line a record, without control characters."""
     handler = logging.StreamHandler(sys.stderr)

@@ -39,7 +39,7 @@ UNITS = {name: function.__name__ for name, function in POLICY_LOSSES.items()}  #
 def microscope(run: Run, asked: Collection[int] = (), most_tokens: int = MOST_TOKENS) -> dict[str, Any]:
     """The steps that the page shows, each with its responses, and one sentence about which ones these are.
 
-    asked: steps of which all responses are shown. None: the first and the last step, and the first group of others.
+    asked: steps of which all responses are shown. Empty: the first and the last one, and the first group of others.
     Raises ValueError if a step that was asked for has no numbers of its update.
     """
     found: dict[int, list[Record]] = defaultdict(list)
@@ -112,7 +112,7 @@ def _response(record: Record, number: int, o: LossOptions) -> dict[str, Any]:
     shown = {
         "group": record["group_id"], "problem": record["problem"], "number": number, "reward": record["reward"],
         "right": record["reward_parts"].get("answer") == 1.0, "advantage": record["advantage"],
-        "tokens": record["tokens"], "drawn": record["token_logprobs"], "response": record["response"],
+        "tokens": record["tokens"], "drawn": record["token_logprobs"],
         "weights": {name: _weight(name, n, facts["tokens"], facts["responses"], facts["longest"]) for name in UNITS},
     }  # fmt: skip
     numbers = [update[name] for name in UPDATE_LISTS if name in update]

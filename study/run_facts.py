@@ -26,6 +26,8 @@ CHARTS = {  # title -> metrics; metrics that a run did not log are left out
     "Reward": ["reward", "eval_reward", "eval_greedy_reward"],
     "Parts of the reward": ["rewards/*/mean"],
     "Groups without a signal": ["frac_reward_zero_std"],
+    "Curriculum: mean level of the problems": ["curriculum/level"],
+    "Curriculum: solved share of each level": ["curriculum/solved_*"],
     "Entropy (nats a token)": ["entropy"],
     "Divergence (nats a token)": ["kl"],
     "Length of a response (tokens)": ["completions/mean_length", "eval_mean_length", "eval_greedy_mean_length"],
@@ -163,6 +165,8 @@ def label(name: str) -> str:
     head, _, tail = name.rpartition("/")
     if head.startswith("rewards/"):
         return WORDS.get(head.removeprefix("rewards/"), head.removeprefix("rewards/")).removesuffix(" reward")
+    if head == "curriculum":
+        return tail.removeprefix("solved_").replace("_", " ") if tail.startswith("solved_") else "level (1: easiest)"
     if tail == "tokens_per_second":
         return head
     if head.endswith("sampling_logp_difference"):

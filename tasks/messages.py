@@ -9,7 +9,12 @@ from pathlib import Path
 
 def first_line(error: object) -> str:
     """The first line of an error's text, at most 200 characters, or the error's type if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return plain((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def plain(text: str) -> str:
+    """Text of a file or of a user's code, with control characters in Python's notation."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tasks.messages import first_line, home_path
+from tasks.messages import first_line, home_path, plain
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -269,7 +269,7 @@ def _json_row(place: str, line: str, columns: tuple[str, ...], optional: tuple[s
 def _check_columns(place: str | Path, found: list[str], columns: tuple[str, ...]) -> None:
     missing = [column for column in columns if column not in found]
     if missing:
-        shown = ", ".join(found[:10]) or "none"
+        shown = plain(", ".join(found[:10])) or "none"
         task = next((task for names, task in USUAL_COLUMNS.items() if names <= set(found)), None)
         hint = f"; did you mean --task {task}?" if task else ""
         raise ValueError(

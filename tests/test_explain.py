@@ -268,6 +268,20 @@ def test_a_text_cannot_become_markup(tmp_path):
     assert json.loads(page[start : page.index("</script>", start)])["live"]["question"] == evil
 
 
+@pytest.mark.parametrize(
+    "evil", ["<img src=x onerror=alert(1)>", "</title><script>alert(1)<", "{{ 7 * 7 }}{% raw %}", "&lt;b&gt;"]
+)
+def test_a_folders_name_cannot_become_markup(tmp_path, evil):
+    folder = tmp_path / evil.replace("/", "\u2215")
+    shutil.copytree(locate_pretrained("countdown-tiny"), folder)
+    path = tmp_path / "x.html"
+    assert explain.main(["--ckpt", str(folder), "--new-tokens", "1", "--out", str(path)]) == 0
+    page = path.read_text()
+    assert "<img" not in page
+    assert "<script>alert" not in page
+    assert "49" not in page[page.index("<title>") : page.index("</title>")]
+
+
 def test_a_run_stands_for_its_last_checkpoint(tmp_path, trained):
     folder = tmp_path / "run" / "checkpoints" / "step-000007"
     shutil.copytree(trained, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import peft
 import pytest
@@ -75,6 +76,7 @@ def test_a_checkpoint_with_adapters_opens_everywhere(checkpoint_folder, tmp_path
 
 def test_a_damaged_adapter_is_noticed(checkpoint_folder, tmp_path, capsys):
     run(checkpoint_folder, tmp_path / "run", "--steps", "1")
+    assert re.search(r": 0\.0 M of 0\.0 M parameters are trained, in ", capsys.readouterr().out)
     path = tmp_path / "run/checkpoints/step-000001/adapter/adapter_model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -138,7 +138,8 @@ def test_a_run_keeps_what_the_page_shows(real_run):
         }  # fmt: skip
     assert run.machine == describe_machine()
     with_tokens = [s for s in run.samples if "tokens" in s]
-    assert len(with_tokens) == 2 * 8  # the first group of each step
+    assert len(with_tokens) == 2 * 2 * 8  # all of a small step: --log-tokens
+    assert all("update" in s for s in with_tokens)
     assert all("".join(s["tokens"]).startswith(s["response"]) for s in with_tokens)
 
 
@@ -256,13 +257,18 @@ def test_text_never_runs_as_code_and_is_shown_as_it_is(browser, tmp_path, payloa
     )  # fmt: skip
     metrics = [{"step": 1, "reward": 0.5, f"rewards/{payload}/mean": 0.5}, {"step": 2, "reward": 0.6}]
     held_out = [evil | {"step": 0}, evil | {"step": 1}]
-    folder = write_run(tmp_path / "a", metrics=metrics, samples=[evil], held_out=held_out, ckpt=payload, task=payload)
+    update = {"step": {"loss_type": "dapo", "tokens": 4, "responses": 2, "longest": 8}, "weight": 0.25,
+              "logp": [-0.1, -1.5], "entropy": [0.1, 1.5], "coefficient": [0.1, -0.1]}  # fmt: skip
+    samples = [evil | {"update": update}]
+    folder = write_run(tmp_path / "a", metrics=metrics, samples=samples, held_out=held_out, ckpt=payload, task=payload)
     (folder / "machine.json").write_text(json.dumps({"machine": payload}))
     assert report.main([str(folder)]) == 0
     page = opened(browser, folder / "report.html")
     foreign = "img, iframe, math, a[href^=java], header script, main script, main style, b b, b[onmouseover]"
     assert page.locator(foreign).count() == 0
     assert payload in page.evaluate("byId('group-view').textContent")
+    assert payload in page.evaluate("byId('m-view').textContent")
+    assert payload in page.evaluate("byId('m-response').textContent")
     assert payload in page.evaluate("document.querySelector('dl.facts').textContent")
     assert not page.troubles
     assert len(page.requests) == 1

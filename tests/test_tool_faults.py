@@ -2,7 +2,7 @@
 
 The sampler is replaced by a script: the uniform numbers are the ids to sample, and each sampled token takes one.
 
-CHECKLIST 75.
+CHECKLIST 77.
 """
 
 from __future__ import annotations

@@ -36,9 +36,8 @@ def response_states(model: Qwen2ForCausalLM, micro: MicroBatch) -> Tensor:
 
 def score_states(model: Qwen2ForCausalLM, micro: MicroBatch, hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
     """The same as `score`, from hidden states that are already computed."""
-    return token_logprobs(
-        hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size, kept_MK=micro.kept
-    )
+    inputs = hidden_MD, model.head_weight, micro.targets, micro.temperature, micro.vocab_size
+    return token_logprobs(*inputs) if micro.kept is None else token_logprobs(*inputs, kept_MK=micro.kept)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 // The curves of report.py, drawn by plotly.
 "use strict";
 
-const COLOURS = ["#1f83d6", "#e07a1f", "#2ba35a", "#c6423b", "#8a63d2", "#b08a2e", "#d65aa8", "#5f7d8c"];
+const COLOURS = ["#1f83d6", "#e07a1f", "#2ba35a", "#c6423b", "#8a63d2", "#b08a2e", "#d65aa8", "#5f7d8c", "#2aa7a7", "#9a6a4f", "#7fa01f", "#b04ad0"];
 const DASHES = ["solid", "dot", "dash", "longdash", "dashdot"];
 const BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]; // the others of plotly do nothing useful here, or need a network
 
@@ -44,17 +44,20 @@ function traces(chart) {
 // The title stands above the chart, in the page: on a touch screen plotly's buttons are always shown, inside the top margin.
 function drawCharts() {
   const grid = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
-  const holders = FACTS.charts.map((chart) => element("div", { class: "chart" }, element("h3", {}, chart.title), element("div")));
-  byId("charts").replaceChildren(...holders);
+  let holders = [...byId("charts").children]; // the same charts as before: they keep their zoom
+  if (holders.length !== FACTS.charts.length || FACTS.charts.some((chart, i) => holders[i].firstChild.textContent !== chart.title)) {
+    holders = FACTS.charts.map((chart) => element("div", { class: "chart" }, element("h3", {}, chart.title), element("div")));
+    byId("charts").replaceChildren(...holders);
+  }
   FACTS.charts.forEach((chart, i) => {
     const data = traces(chart), entries = data.filter((trace) => trace.showlegend !== false).length;
     const values = new Set(data.flatMap((trace) => trace.y)); // of one value alone plotly would show 1 more and 1 less
-    Plotly.newPlot(holders[i].lastChild, data, {
+    Plotly.react(holders[i].lastChild, data, {
       height: 270 + 19 * entries, margin: { l: 46, r: 10, t: 30, b: 34 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 11 },
       xaxis: { ...grid, title: { text: "step", standoff: 2, font: { size: 10 } } },
       yaxis: { ...grid, rangemode: values.size === 1 ? "tozero" : "normal" },
-      hovermode: "x unified", hoverlabel: { bgcolor: css("--card") }, showlegend: true,
+      uirevision: chart.title, hovermode: "x unified", hoverlabel: { bgcolor: css("--card") }, showlegend: true,
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
       legend: { y: -0.18, yanchor: "top", x: 0, font: { size: 10 }, maxheight: 1, tracegroupgap: 0 },
     }, { responsive: true, displaylogo: false, modeBarButtons: BUTTONS,

@@ -43,7 +43,7 @@ function drawComparison(text, i) {
   text.tokens.forEach((token, k) => {
     const item = addToken(list, text, k, `log-probability ${rise[k] >= 0 ? "+" : ""}${short(rise[k])}; KL of the next token ${short(kl[k])}`);
     item.firstChild.append(element("span", { class: "kl", style: `height:${(14 * kl[k]) / top}px` }));
-    item.setAttribute("style", shade(Math.min(0.55, Math.abs(rise[k]) / 2), rise[k] > 0 ? "--up" : "--down"));
+    if (k >= text.promptLength) item.setAttribute("style", shade(Math.min(0.55, Math.abs(rise[k]) / 2), rise[k] > 0 ? "--up" : "--down"));
     item.classList.toggle("chosen", k === i);
   });
   byId("rise-row").replaceChildren(list);

@@ -1,7 +1,7 @@
 // Draws the facts of report.py.
 "use strict";
 
-const FACTS = JSON.parse(byId("data").textContent);
+let FACTS = JSON.parse(byId("data").textContent); // follow.js replaces it
 
 const parts = (answer) => Object.entries(answer.reward_parts).map(([name, value]) => `${name} ${value}`).join(", ");
 
@@ -55,30 +55,41 @@ function tokenSpans(answer, colouring) {
   });
 }
 
-function drawGroups() {
-  const all = FACTS.groups.flatMap((groups, number) => groups.map((group) => ({ number, run: FACTS.names[number], ...group })));
-  byId("group").replaceChildren(...all.map((g, i) => element("option", { value: i },
-    `${FACTS.names.length > 1 ? g.run + ", " : ""}step ${g.step}: ${g.problem}`)));
-  const draw = () => {
-    const group = all[byId("group").value], colouring = byId("colour").value;
-    if (!group) return byId("group-view").replaceChildren(element("p", { class: "soft" }, "This run kept no samples."));
-    const shown = group.answers.some((a) => a.tokens && COLOURINGS[colouring][1](a, 0));
-    byId("colour-hint").textContent = (shown ? "" : "Not known for this group. ") + COLOURINGS[colouring][0] + " Wavy underline: a false sum.";
-    const rewards = group.answers.map((a) => a.reward ?? 0), mean = rewards.reduce((a, b) => a + b) / rewards.length;
-    byId("group-view").replaceChildren(
-      element("p", { class: "soft" }, `mean reward ${mean.toFixed(3)} of ${rewards.length} answers`),
-      ...group.answers.map((answer) => element("div", { class: "card" }, verdict(answer, group.number),
-        element("div", { class: "soft" }, `advantage ${answer.advantage === null ? "none" : answer.advantage.toFixed(3)}`),
-        answer.tokens ? element("div", { class: "answer" }, ...tokenSpans(answer, colouring)) : responseText(answer))));
-  };
-  byId("group").addEventListener("change", draw);
-  byId("colour").addEventListener("change", draw);
-  draw();
+function groupsOfAll() {
+  return FACTS.groups.flatMap((groups, number) => groups.map((group) => ({ number, run: FACTS.names[number], ...group })));
 }
 
-drawCharts();
-drawWays();
-drawHeldOut();
-drawGroups();
+function drawGroupChoices() {
+  options(byId("group"), groupsOfAll().map((g) => `${FACTS.names.length > 1 ? g.run + ", " : ""}step ${g.step}: ${g.problem}`));
+}
+
+function drawGroup() {
+  const group = groupsOfAll()[byId("group").value], colouring = byId("colour").value;
+  if (!group) return byId("group-view").replaceChildren(element("p", { class: "soft" }, "This run kept no samples."));
+  const shown = group.answers.some((a) => a.tokens && COLOURINGS[colouring][1](a, 0));
+  byId("colour-hint").textContent = (shown ? "" : "Not known for this group. ") + COLOURINGS[colouring][0] + " Wavy underline: a false sum.";
+  const rewards = group.answers.map((a) => a.reward ?? 0), mean = rewards.reduce((a, b) => a + b) / rewards.length;
+  byId("group-view").replaceChildren(
+    element("p", { class: "soft" }, `mean reward ${mean.toFixed(3)} of ${rewards.length} answers`),
+    ...group.answers.map((answer) => element("div", { class: "card" }, verdict(answer, group.number),
+      element("div", { class: "soft" }, `advantage ${answer.advantage === null ? "none" : answer.advantage.toFixed(3)}`),
+      answer.tokens ? element("div", { class: "answer" }, ...tokenSpans(answer, colouring)) : responseText(answer))));
+}
+
+// Everything that the data decide. What the reader has chosen stays chosen.
+function drawAll() {
+  drawCharts();
+  drawWays();
+  drawHeldOut();
+  drawGroupChoices();
+  drawGroup();
+  drawMicroscopeChoices();
+  drawMicroscope();
+}
+
+drawAll();
+startMicroscope();
+byId("group").addEventListener("change", drawGroup);
+byId("colour").addEventListener("change", drawGroup);
 byId("smooth").addEventListener("change", drawCharts);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);

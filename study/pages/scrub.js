@@ -98,7 +98,7 @@ const scrubTo = (n) => {
   byId("frame").value = String(Math.min(Math.max(n, 0), FRAMES.length - 1));
   redraw();
 };
-byId("frame").max = String(FRAMES.length - 1);
+byId("frame").max = byId("frame").value = String(FRAMES.length - 1);
 byId("frame").addEventListener("input", redraw);
 byId("frame-earlier").addEventListener("click", () => scrubTo(Number(byId("frame").value) - 1));
 byId("frame-later").addEventListener("click", () => scrubTo(Number(byId("frame").value) + 1));

@@ -1,6 +1,6 @@
 """Several processes roll out a task with a tool as one process does, and compute the same gradient.
 
-CHECKLIST 73.
+CHECKLIST 75.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +171,8 @@ def test_a_rollout_takes_no_more_memory_than_the_machine_has_to_spare(monkeypatc
     """Rows are as many as a part of memory holds, for any max_rows. At least one."""
     model, given = make_model(), []
     token = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, head size, fp32
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4 * 30 if name == "SC_PHYS_PAGES" else 21 * token)
+    machine = SimpleNamespace(total=4 * 30 * 21 * token)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: machine)
     assert rows_that_fit(model.config, 21, model.dtype, model.device) == 30
     assert rows_that_fit(model.config, 10**9, model.dtype, model.device) == 1
     real = generation.decode
@@ -360,9 +362,10 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer):
 def test_recorded_steps_keep_the_same_ids(tokenizer):
     """A step that is recorded once and replayed, as a CUDA graph is, fills the table of the kept ids, too."""
     settings = {"top_k": 5, "top_p": 0.9, "keep_mask": True}
-    recorded = decoder_for(make_model(), tokenizer, **settings).run()
-    plain = decoder_for(make_model(), tokenizer, capture=None, **settings).run()
-    assert_same(recorded, plain)
+    model = make_model()
+    replayed = decoder_for(model, tokenizer, **settings).run()
+    plain = decoder_for(model, tokenizer, capture=None, **settings).run()
+    assert_same(replayed, plain)
     for row, length in enumerate(plain.lengths.tolist()):
-        assert torch.equal(recorded.kept[row, :length], plain.kept[row, :length])
+        assert torch.equal(replayed.kept[row, :length], plain.kept[row, :length])
     assert (plain.kept >= 0).any()

@@ -1,6 +1,6 @@
 """Rollouts with a tool against the whole model on the whole sequence, for every boundary and limit.
 
-CHECKLIST 73, CHECKLIST 74.
+CHECKLIST 75, CHECKLIST 76.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -131,6 +132,17 @@ def test_a_run_that_the_machine_cannot_do_is_refused_before_a_download(flags, wo
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
     assert words in line
     assert not run.exists()
+
+
+def test_sizes_that_no_machine_has_are_one_line(checkpoint_folder, tmp_path, capsys):
+    """The check before the download leaves them to the load, which names the file."""
+    sizes = json.loads((checkpoint_folder / "config.json").read_text())
+    shutil.copytree(checkpoint_folder, tmp_path / "huge")
+    huge = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2, "head_dim": 2}
+    (tmp_path / "huge" / "config.json").write_text(json.dumps(sizes | huge))
+    assert train.main(["--ckpt", str(tmp_path / "huge"), "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert "sizes are too large" in line
 
 
 @pytest.mark.parametrize("asked", ["host", "device"])

@@ -108,6 +108,8 @@ def write_config(folder: Path) -> Path:
         ("runs/mine-2/checkpoints/step-20/config.json", ["is a file", "--ckpt runs/mine-2/checkpoints/step-20"]),
         ("https://huggingface.co/Qwen/Qwen2.5-0.5B/tree/main", ["expected the repo id: --ckpt Qwen/Qwen2.5-0.5B"]),
         ("~nosuchuser/x", ["there is no user 'nosuchuser'"]),
+        ("models/Qwen2.5-0.5B", ["there is no such folder", "to fetch it: --ckpt Qwen2.5-0.5B"]),
+        ("outputs/mine", ["there is no such folder"]),  # no owner has this name
         ("a/b/c", ["there is no such folder"]),
         ("", ["expected a folder or a repo id"]),
         ("x\0y", ["expected a folder or a repo id"]),

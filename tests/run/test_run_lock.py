@@ -12,8 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from report_fixtures import write_run
 from test_train import ROOT, SMALL, metrics_of, refused, run, wait_for
 
+import evaluate
+import explain
+import report
 from run import run_lock
 from run.checkpoint import find_checkpoint, verify_checkpoint
 from run.run_lock import RunInUseError, RunLock
@@ -176,6 +180,31 @@ def test_a_folder_that_cannot_be_written_names_the_flag(checkpoint_folder, tmp_p
         if root:
             os.seteuid(0)
     assert all("cannot be written" in line and "--run-dir" in line for line in lines)
+
+
+@pytest.mark.parametrize("program", ["evaluate", "explain", "report"])
+def test_a_file_that_cannot_be_written_is_refused_before_time_is_spent(checkpoint_folder, tmp_path, capsys, program):
+    """Of root, no file is read-only: the system call is replaced."""
+    run = write_run(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    words = {
+        "evaluate": (evaluate, ["--ckpt", checkpoint_folder, *SMALL], "--json"),
+        "explain": (explain, ["--ckpt", checkpoint_folder], "--out"),
+        "report": (report, [run], "--out"),
+    }
+    module, argv, flag = words[program]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_checkpoint", None)  # calling it would be a TypeError
+        patch.setattr(explain, "explain", None)
+        patch.setattr(report, "facts", None)
+        for name, said in (("folder", "is a folder"), ("none/x", "there is no folder"), ("x", "cannot be written")):
+            if name == "x":
+                patch.setattr(os, "access", lambda *args, **options: False)
+            assert module.main([str(word) for word in (*argv, flag, tmp_path / name)]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"{program}.py: {flag} {tmp_path / name}"), error
+            assert said in error
+            assert error.count("\n") == 1
 
 
 def test_a_file_is_no_run_folder(checkpoint_folder, tmp_path, capsys):

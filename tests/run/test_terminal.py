@@ -24,9 +24,11 @@ from test_train import SMALL, metrics_of, wait_for
 
 import evaluate
 import train
+from parallel import distributed
 from run import terminal
 from run.checkpoint import find_checkpoint, verify_checkpoint
 from run.config import Config
+from run.progress import LiveProgress
 from run.run_log import RunLog
 from run.terminal import printable, write_error
 
@@ -433,3 +435,22 @@ def test_printable_text_has_no_control_character_and_loses_nothing(text):
 )
 def test_what_would_steer_the_terminal_is_shown_in_pythons_notation(text, expected):
     assert printable(text) == expected
+
+
+@pytest.mark.parametrize("variable", [None, "JPY_PARENT_PID", "FORCE_COLOR"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_display_is_redrawn_only_where_a_person_looks_at_a_terminal(tmp_path, monkeypatch, variable, terminal):
+    """The cell of a notebook gives its programs a terminal, and stores every frame."""
+    for name in ("JPY_PARENT_PID", "JPY_SESSION_NAME", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("TERM", "xterm-color")
+    with RunLog(tmp_path, Config(log_to=()), total_steps=1) as log:
+        assert isinstance(log._progress, LiveProgress) == (terminal and variable != "JPY_PARENT_PID")
+
+
+def test_a_line_of_one_of_several_processes_is_escaped(capsys):
+    distributed.complain(f"train.py: runs/{ESCAPE}")
+    assert capsys.readouterr().err == "train.py: runs/\\x1b]0;owned\\x07\\x1b[2J\\u202e\n"

@@ -45,6 +45,12 @@ sys.exit(program.run_program(sys.argv[0], program.main))
 """
 
 
+REWARD = """
+def letters(response):
+    return len(response) / 100
+"""
+
+
 def run_hidden(program: str, *words: object, text: str = "") -> subprocess.CompletedProcess:
     code = PROGRAM.format(
         modules=HIDDEN_MODULES, calls=HIDDEN_CALLS, root=repr(str(ROOT)), program=repr(program)
@@ -75,6 +81,15 @@ def test_a_run_and_its_resume(checkpoint_folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(0.05 < row["memory/peak_gib"] < 100 for row in rows[1:])
     verify_checkpoint(find_checkpoint("latest", tmp_path / "run"))
+
+
+def test_a_reward_in_the_sandbox(checkpoint_folder, tmp_path):
+    """The parent's side: start, deadline, end of the process tree."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 1, "--task", "arithmetic", *SMALL]
+    done = run_hidden("train", *words, "--reward", f"{tmp_path / 'mine.py'}:letters")
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path / "run")[1]["reward"] > 0
 
 
 def test_an_evaluation(checkpoint_folder):

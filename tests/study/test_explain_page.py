@@ -6,6 +6,7 @@ import pytest
 import torch
 from browser_pages import covered, opened, shades
 
+import explain
 from math_task import CountdownTask
 from rollout.generation import generate
 from rollout.sampling import SamplingParams
@@ -313,6 +314,23 @@ def test_the_page_fits_its_window_in_both_schemes(browser, page_file, static_pag
     assert (ground > 0.8 and ink < 0.3) if scheme == "light" else (ground < 0.2 and ink > 0.7)
     assert not covered(page, "button:not(.scroll button, .tokens button, canvas), h2, h3")
     assert page.requests == [file.as_uri()]
+    assert not page.troubles
+    page.context.close()
+
+
+def test_a_text_in_the_page_never_runs(browser, tmp_path):
+    """As a prompt and as the reader's question, in every panel that shows its tokens."""
+    evil = "</script><img src=x onerror=alert(1)><svg/onload=alert(2)>&lt;b&gt;{{7*7}}"
+    path = tmp_path / "x.html"
+    assert explain.main(["--raw", "--prompt", evil, "--new-tokens", "3", "--out", str(path)]) == 0
+    page = opened(browser, path)
+    assert page.input_value("#question") == evil
+    page.fill("#question", evil + "<iframe srcdoc='<script>alert(3)</script>'>")
+    page.click("#one")
+    page.evaluate("zoom(1, 4)")
+    page.wait_for_timeout(200)
+    assert page.locator("main img, main iframe, main script").count() == 0
+    assert page.requests == [path.as_uri()]
     assert not page.troubles
     page.context.close()
 

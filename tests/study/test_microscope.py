@@ -106,7 +106,7 @@ def coefficients_of(response: dict, loss_type: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
 def test_a_coefficient_is_autograds_gradient_of_the_steps_loss(tmp_path, models, episodes, loss_type, name):
-    """For every loss: the numbers that the page computes are those that autograd had in the step itself."""
+    """CHECKLIST 73: for every loss, the numbers of the page are those that autograd had in the step itself."""
     given = dict(SETTINGS[name])
     before = given.pop("before", False) or name == "transport"
     loss = LossOptions(loss_type=loss_type, **given)

@@ -135,7 +135,9 @@ def test_the_slider_follows_the_chosen_token_and_head(page):
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
 def test_the_keyboard_moves_the_slider_and_nothing_is_covered(browser, scrub_file, width, scheme):
     page = opened(browser, scrub_file, width, scheme)
+    assert page.locator("#frame-value").inner_text() == "step 75 of 75"
     page.locator("#frame").focus()
+    page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     assert page.locator("#frame-value").inner_text() == "step 8 of 75"
     page.locator("#frame-later").focus()
@@ -160,6 +162,12 @@ def test_numbers_of_twelve_bits_are_two_letters():
 
 def test_a_run_without_snapshots_has_no_slider(page_file):
     assert 'id="scrub"' not in page_file.read_text()
+
+
+def test_a_checkpoint_of_the_run_has_the_slider_too(run_folder, tmp_path):
+    checkpoint = run_folder / "checkpoints" / "step-000075"
+    facts = explain.explain(explain.Options(after=str(checkpoint), new_tokens=1))
+    assert facts["live"]["snapshots"]["steps"] == STEPS
 
 
 def test_snapshots_of_another_model_are_one_line(run_folder, tmp_path, capsys):

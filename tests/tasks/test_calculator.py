@@ -1,6 +1,6 @@
 """The calculator as an environment: exact results, errors that are results, calls in wrong places, prices.
 
-CHECKLIST 75.
+CHECKLIST 77.
 """
 
 from __future__ import annotations

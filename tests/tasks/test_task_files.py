@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+import evaluate
 from math_task import CountdownTask, MathDataset, make_task, task_from_config
 from run.config import Config
 from tasks.messages import closest, did_you_mean, first_line, home_path
@@ -352,8 +353,17 @@ def test_a_path_in_the_home_folder_is_found(tmp_path, monkeypatch):
 
 def test_parts_of_messages():
     assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError("a\x1b[2J\u202eb\ud800 é")) == r"a\x1b[2J\u202eb\ud800 é"
     assert first_line(ValueError()) == "ValueError"
     assert did_you_mean("reward_preste", ["reward_preset", "seed"]) == "; did you mean reward_preset?"
     assert did_you_mean("zzz", []) == "; known are none"
     assert closest("zzz", ["a"]) == "a"
     assert closest("zzz", []) is None
+
+
+def test_an_evaluation_says_which_rows_it_takes(tmp_path, capsys):
+    write(tmp_path / "train.jsonl", [{"question": f"{i}?", "answer": i} for i in range(5)])
+    write(tmp_path / "dev.jsonl", [{"question": "5?", "answer": 5}])
+    words = ["--task", "jsonl", "--data", str(tmp_path), "--max-new-tokens", "4", "--samples", "1"]
+    assert evaluate.main(words) == 0
+    assert "data: training train.jsonl: 5 rows; held out dev.jsonl: 1 row\n" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """A user's own tool: it works in its worker, and a failure of any kind is a result, not the end of the run.
 
-CHECKLIST 75.
+CHECKLIST 77.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tokens that the environment gave: context for later tokens, and nothing else. Against textbook.py and full logits.
 
-CHECKLIST 73.
+CHECKLIST 75.
 """
 
 from __future__ import annotations
