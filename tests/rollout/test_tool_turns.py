@@ -24,6 +24,7 @@ from run.config import Config
 from run.pretrained import locate_pretrained
 from tasks.task_base import Task
 from tokenizer import Tokenizer
+from update.token_traces import TokenTraces
 
 PROMPTS = [[72, 101, 108], [10], [72, 101, 108, 108, 111, 44, 32, 119, 111], [5, 6]]
 CAP = 40
@@ -393,7 +394,7 @@ def test_a_step_learns_from_sampled_tokens_only(model, tokenizer, caller, option
     assert metrics["tools/given_tokens"] == pytest.approx(given / 12)
     assert metrics["tools/calls"] == pytest.approx(sum(turn.given for e in episodes for turn in e.turns) / 12)
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
-    prompts = sum({e.group_id: len(e.prompt_ids) for e in episodes}.values())
+    prompts = sum(len(e.prompt_ids) for e in episodes)
     assert metrics["num_tokens"] == sampled + given + prompts
 
 
@@ -414,3 +415,30 @@ def test_a_dry_run_has_no_environment(model, tokenizer, caller):
     episodes = grpo.rollout(model, tokenizer, caller, batch, SamplingParams(4, CAP, ignore_eos=True))
     assert {len(e.response_ids) for e in episodes} == {CAP}
     assert {e.sampled for e in episodes} == {None}
+
+
+def test_a_sampling_mask_is_that_of_sampled_tokens(model, tokenizer, caller):
+    """With --keep-sampling-mask the update sees the ids that were left to sample, and none for given tokens."""
+    config = Config(prompts_per_step=3, group_size=4, max_new_tokens=CAP, top_k=20, keep_sampling_mask=True,
+                    prompt_style="short")  # fmt: skip
+    trainer = grpo.GRPO(config, model=make_model(make_config(tie_word_embeddings=False)), tokenizer=tokenizer,
+                        task=caller)  # fmt: skip
+    episodes, metrics = trainer.step(MiniBatch.from_problems(caller.problems("train", 3), tokenizer))
+    assert any(not all(e.sampled) for e in episodes)
+    for e in episodes:
+        assert all(e.response_ids[t] in e.kept[t] for t in e.sampled_positions)
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_a_token_trace_has_a_number_for_each_sampled_token_and_none_for_given_ones(model, tokenizer, caller):
+    batch = MiniBatch.from_problems(caller.problems("train", 2), tokenizer)
+    episodes = grpo.compute_advantages(grpo.rollout(model, tokenizer, caller, batch, SamplingParams(4, CAP)))
+    policy = make_model(make_config(tie_word_embeddings=False))
+    traces = TokenTraces(set(range(len(episodes))))
+    grpo.update_policy(policy, torch.optim.SGD(policy.parameters(), lr=0.0), episodes, traces=traces)
+    traces.attach(episodes)
+    trained = [e for e in episodes if "logp" in e.trace]
+    assert any(not all(e.sampled) for e in trained)
+    for e in trained:
+        assert [x is not None for x in e.trace["logp"]] == e.sampled
+        assert [x is not None for x in e.trace["coefficient"]] == e.sampled
