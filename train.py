@@ -32,7 +32,7 @@ from grpo import GRPO, rollout
 from math_task import task_from_config
 from model.lora import has_lora, load_adapters, save_adapters, trainable
 from parallel import distributed
-from parallel.sharding import is_sharded, whole, whole_optimizer
+from parallel.sharding import is_sharded, whole, whole_state
 from rollout.sampling import SamplingParams
 from run import snapshots
 from run.checkpoint import DAMAGED, damaged_state, find_checkpoint, load_checkpoint, rewind, save_checkpoint
@@ -256,7 +256,7 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics, base_sum: st
 
     base_sum: checksum of the base weights that the run needs besides, so that a resume can tell others from them.
     """
-    model, optimizer = whole(trainer.model), whole_optimizer(trainer.optimizer)  # every process takes part
+    model, optimizer_state = whole(trainer.model), whole_state(trainer.optimizer)  # every process takes part
     state = {"random": random_states(), "trainer": trainer.state_dict()}
     if base_sum is not None:
         state["base"] = base_sum
@@ -269,7 +269,7 @@ def save(run_dir: Path, step: int, trainer: GRPO, metrics: Metrics, base_sum: st
         try:
             check_logits(model, trainer.tokenizer)
             save_checkpoint(
-                run_dir, step, model, trainer.tokenizer, optimizer, state, keep=trainer.config.keep_checkpoints,
+                run_dir, step, model, trainer.tokenizer, optimizer_state, state, keep=trainer.config.keep_checkpoints,
                 score=metrics.get("eval_reward", metrics.get("eval_greedy_reward")),
                 sound=not metrics.get("update/not_finite"),
                 extra=adapters if has_lora(model) else None,

@@ -187,14 +187,6 @@ def gradients_of_all_ranks(
     return totals, norm
 
 
-class WholeState:
-    """Replaces a sharded optimizer when its state is saved."""
-
-    def __init__(self, state: dict[str, Any]):
-        self.state_dict = lambda: state
-
-
-def whole_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | WholeState:
-    """The object whose `state_dict` rank 0 saves: the optimizer, or the whole state of a sharded one. All ranks must
-    call this."""
-    return WholeState(optimizer.whole_state_dict()) if isinstance(optimizer, ShardedAdamW) else optimizer
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state that rank 0 saves, of a sharded optimizer the whole. All ranks must call this."""
+    return optimizer.whole_state_dict() if isinstance(optimizer, ShardedAdamW) else optimizer.state_dict()

@@ -13,7 +13,7 @@ to the disk, the folder gets its name in one rename, and then `latest` moves. A 
 leaves the checkpoints that were there before. Old checkpoints are deleted last. Nothing is pickled: a checkpoint of
 somebody else can be wrong, but it cannot run code. Weights that are NaN or infinite are not saved.
 
-    save_checkpoint(run_dir, step, model, tokenizer, optimizer, {"seen": 320}, keep=3)
+    save_checkpoint(run_dir, step, model, tokenizer, optimizer.state_dict(), {"seen": 320}, keep=3)
     folder = find_checkpoint("latest", run_dir)
     model = Qwen2ForCausalLM.from_pretrained(folder)  # then build the optimizer, and
     state = load_checkpoint(folder, optimizer)        # and rewind(run_dir, state["step"]) if it is not the latest
@@ -52,7 +52,7 @@ def save_checkpoint(
     step: int,
     model,
     tokenizer,
-    optimizer: torch.optim.Optimizer,
+    optimizer_state: dict[str, Any],
     state: dict[str, Any],
     keep: int = 3,
     score: float | None = None,
@@ -62,6 +62,7 @@ def save_checkpoint(
     """Write checkpoints/step-<step>/ and move `latest` to it.
 
     Args:
+        optimizer_state: the optimizer's `state_dict()`.
         state: the trainer's state, of JSON types; floats come back to the last bit.
         keep: this many of the newest stay, as many of the newest sound ones, and the one of the highest score.
         score: how good this one is, for "the best"; None: not measured.
@@ -82,7 +83,7 @@ def save_checkpoint(
     try:
         unfinished.mkdir()
         record = {"step": step, "score": score, "sound": sound, "state": state}
-        _write_files(unfinished, model, tokenizer, optimizer, record, extra)
+        _write_files(unfinished, model, tokenizer, optimizer_state, record, extra)
         _move_into_place(unfinished, final)
         _point_latest_to(final)
     except BaseException:
@@ -92,8 +93,10 @@ def save_checkpoint(
     return final
 
 
-def _write_files(folder: Path, model, tokenizer, optimizer, record: dict[str, Any], extra) -> None:
-    tensors, settings = _split(optimizer.state_dict())
+def _write_files(
+    folder: Path, model, tokenizer, optimizer_state: dict[str, Any], record: dict[str, Any], extra
+) -> None:
+    tensors, settings = _split(optimizer_state)
     if name := first_not_finite(tensors.items()):
         raise NotFiniteError(f"the optimizer's tensor {name} holds NaN or infinity")
     try:

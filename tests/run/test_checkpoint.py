@@ -71,7 +71,9 @@ def run(tmp_path):
     train(model, optimizer, 1)
 
     def save(step: int, **more) -> Path:
-        return save_checkpoint(tmp_path, step, model, TOKENIZER, optimizer, {"tag": f"saved {step}"}, **more)
+        return save_checkpoint(
+            tmp_path, step, model, TOKENIZER, optimizer.state_dict(), {"tag": f"saved {step}"}, **more
+        )
 
     save.folder, save.optimizer = tmp_path, optimizer
     return save
@@ -94,7 +96,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, dtype, amsgrad):
     groups = [{"params": parameters[:3], "lr": 1e-3}, {"params": parameters[3:]}]
     optimizer = MemoryEfficientAdamW(groups, **settings)
     train(model, optimizer, 3)
-    folder = save_checkpoint(tmp_path, 3, model, TOKENIZER, optimizer, {"seen": 0.1 + 0.2})
+    folder = save_checkpoint(tmp_path, 3, model, TOKENIZER, optimizer.state_dict(), {"seen": 0.1 + 0.2})
 
     model2 = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
     parameters2 = list(model2.parameters())
@@ -116,7 +118,7 @@ def test_an_optimizer_of_torch_comes_back_too(tmp_path):
     model = small_model(dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer, 2)
-    folder = save_checkpoint(tmp_path, 2, model, TOKENIZER, optimizer, {})
+    folder = save_checkpoint(tmp_path, 2, model, TOKENIZER, optimizer.state_dict(), {})
     fresh = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.1)
     load_checkpoint(folder, fresh)
     assert_bitwise_equal(flat_state(fresh), flat_state(optimizer))
@@ -436,7 +438,7 @@ def trained(tag, size):
 
 def save(run, step, tag, size=3):
     model, optimizer = trained(tag, size)
-    return checkpoint.save_checkpoint(run, step, model, NoTokenizer(), optimizer, {"tag": tag}, keep=1)
+    return checkpoint.save_checkpoint(run, step, model, NoTokenizer(), optimizer.state_dict(), {"tag": tag}, keep=1)
 
 def check(run):
     """The checkpoint that `latest` means is whole and of one piece."""
@@ -563,12 +565,12 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, value, where):
     model = small_model()
     optimizer = MemoryEfficientAdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, 1)
-    save_checkpoint(tmp_path, 1, model, TOKENIZER, optimizer, {})
+    save_checkpoint(tmp_path, 1, model, TOKENIZER, optimizer.state_dict(), {})
     moments = optimizer.state[next(iter(optimizer.state))]["exp_avg_sq"]
     spoiled = model.model.norm.weight.data if where == "weight" else moments
     spoiled.view(-1)[-1] = value
     with pytest.raises(checkpoint.NotFiniteError, match="NaN or infinity") as caught:
-        save_checkpoint(tmp_path, 2, model, TOKENIZER, optimizer, {}, keep=1)
+        save_checkpoint(tmp_path, 2, model, TOKENIZER, optimizer.state_dict(), {}, keep=1)
     assert ("model.norm.weight" in str(caught.value)) == (where == "weight")
     assert names(tmp_path) == ["latest", "step-000001"]
 
@@ -586,7 +588,7 @@ def test_unsound_checkpoints_push_no_sound_one_out(run):
 
 def test_state_must_be_json(run):
     with pytest.raises(TypeError):
-        save_checkpoint(run.folder, 1, small_model(), TOKENIZER, run.optimizer, {"tensor": torch.zeros(1)})
+        save_checkpoint(run.folder, 1, small_model(), TOKENIZER, run.optimizer.state_dict(), {"tensor": torch.zeros(1)})
     assert names(run.folder) == []
 
 
