@@ -6,7 +6,8 @@
 since. Nothing is written. Only this machine can ask: the socket is bound to 127.0.0.1, and a request by another name of
 the host is refused, so no other web page can read the answers (DNS rebinding).
 
-The files are read again after a change, but for at most about a twentieth of the time: a training uses the same cores.
+The files are read again after a change, but not all the time, because a training uses the same cores: after a read of
+1 second the next one waits for 10 seconds. It never waits longer than 15.
 Werkzeug serves (https://werkzeug.palletsprojects.com). TensorBoard needs it anyway.
 """
 
@@ -28,7 +29,7 @@ from run.terminal import say
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 8765, 20  # tried in turn if no port is asked for
-SHARE = 20  # a build that took 1 second is not repeated for this many seconds
+SHARE, LONGEST_WAIT = 10, 15.0  # a build of 1 second is not repeated for 10 seconds, any build for 15 at most
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "held_out.jsonl", "machine.json")
 HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -70,7 +71,8 @@ class Followed:
                 except (ValueError, OSError) as error:  # a resume cuts the files, and another program may write them
                     self.trouble = one_line(error)
                 self._version = version
-                self._not_before = time.monotonic() + SHARE * (time.monotonic() - started)
+                now = time.monotonic()
+                self._not_before = now + min(LONGEST_WAIT, SHARE * (now - started))
             return self.facts
 
     def _version_now(self) -> str:

@@ -163,7 +163,7 @@ def test_files_are_read_again_for_a_share_of_the_time_only(tmp_path, monkeypatch
         add_step(folder, 10 + number)
         followed.look()
         clock[0] += 1.0
-    assert len(built) == 2  # at 100 and at 142
+    assert len(built) == 4  # at 100, and each time 15 seconds after the end of the last one
 
 
 @pytest.mark.parametrize("flags", [["--out", "x.html"], ["--png", "x"], ["--after"]])
