@@ -1,11 +1,11 @@
-"""Small snapshots of a run's weights, to look at later: where training began, and what each weight has changed since.
+"""Small snapshots of a run's weights, for later views: the weights at the start, and the change of each weight since.
 
     runs/<name>/snapshots/start.safetensors          the weights at the first snapshot, as they are
     runs/<name>/snapshots/step-000008.safetensors    changes since then, <name>: [R, C] int16, <name>#scale: [R, 1] fp32
 
 A change is stored as a whole number from -2047 to 2047, times the scale of its row: 12 bits, of which a page needs two
-characters. The error is at most half a scale, which is 1/4094 of the row's largest change. Nobody trains on from a
-snapshot: that takes a checkpoint.
+characters. The error is at most half a scale, which is 1/4094 of the row's largest change. Training cannot
+continue from a snapshot. It needs a checkpoint.
 
     take("runs/a", 8, count, steps, model)           # writes if a snapshot is due at this step; all ranks call this
     first, start, changes = read("runs/a")           # step, {name: tensor}, {step: {name: Change}}
@@ -130,7 +130,7 @@ def _step(path: Path) -> int:
         with safe_open(path, framework="pt") as file:
             return int((file.metadata() or {})["step"])
     except (SafetensorError, KeyError, ValueError):
-        raise ValueError(f"{path} is not what a run writes; delete it") from None
+        raise ValueError(f"{path} is not a snapshot of a run; delete it") from None
 
 
 def _load(path: Path) -> Weights:

@@ -1,18 +1,18 @@
 """Look at every activation of a forward pass by name, and change one on the way: on the very model that trains.
 
     trace = record(model, ids)                                    # a dictionary: name -> tensor
-    trace["model.layers.2.self_attn.weights"]                     # [H, N, N] who looked at whom
+    trace["model.layers.2.self_attn.weights"]                     # [H, N, N] attention of all heads
     with edit(model, "model.layers.2.self_attn.z", lambda z: z.index_fill(1, torch.tensor([3]), 0.0)):
         without_head_3 = record(model, ids)["logits"]             # ablation
     with edit(model, "model.layers.1", lambda x: other["model.layers.1"]):
         patched = model(ids[None])                                # patching, through the fast attention
 
 Names follow the module tree: a module's name is that of its output, so `model.layers.2` is the residual stream behind
-block 2. Besides them there are, for what happens between modules,
+block 2. Values between two modules have names, too:
 
     model.layers.L.self_attn.q, .k, .v    [N, H, K], [N, G, K], [N, G, K]: heads, q and k already rotated
     model.layers.L.self_attn.weights      [H, N, N] softmax of the scores; only the eager reference has them
-    model.layers.L.self_attn.z            [N, H, K] what each head brings, before o_proj
+    model.layers.L.self_attn.z            [N, H, K] output of each head, before o_proj
     model.layers.L.mlp.act                [N, F] silu(gate) * up, before down_proj
     logits                                [N, V]
 
@@ -94,7 +94,7 @@ def names(model: Qwen2ForCausalLM) -> list[str]:
 
 @contextmanager
 def edit(model: Qwen2ForCausalLM, name: str, fn: Edit) -> Iterator[None]:
-    """Within the context, the activation `name` is what `fn` makes of it: a tensor of the same shape.
+    """Within the context, the activation `name` is the result of `fn` on it: a tensor of the same shape.
 
     Raises ValueError for an unknown name, with the nearest one, and where `fn` returns anything else.
     """
@@ -116,13 +116,13 @@ def _checked(name: str, fn: Edit, x: Tensor) -> Tensor:
 
 
 def _tap(model: Qwen2ForCausalLM, name: str, fn: Edit) -> Callable[[], None]:
-    """Let the activation pass through `fn` from now on; returns what undoes it."""
+    """Let the activation pass through `fn` from now on. The result is a function that undoes it."""
     if name == "logits":
         return _tap_logits(model, fn)
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
     if isinstance(parent, Attention) and leaf in (*HEADS, "weights", "z"):
-        # Hooks wrap `attend` one around the other. What goes in must pass the latest edit last, so that is innermost.
+        # Hooks wrap `attend` one around the other. An input must pass the latest edit last, so the latest is innermost.
         hook = partial(_wrap_attend, leaf, fn)
         return parent.register_forward_pre_hook(hook, prepend=leaf != "z").remove
     if isinstance(parent, MLP) and leaf == "act":

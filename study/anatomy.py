@@ -1,6 +1,6 @@
 """The parts of one forward pass, as plain numbers: shapes, costs, norms, rotations, attention, next tokens.
 
-    facts = look(model, tokenizer, ids)           # lists and numbers, ready for JSON: what explain.py shows
+    facts = look(model, tokenizer, ids)           # lists and numbers, ready for JSON, for explain.py
     moved = compare(model, other, tokenizer, ids)
 
 Everything is read from `activations.record`, so from the model that trains. FLOPs count a multiplication and an
@@ -67,13 +67,13 @@ def look(
     }
 
 
-def _chosen(asked: Sequence[int], count: int, what: str) -> list[int]:
+def _chosen(asked: Sequence[int], count: int, part: str) -> list[int]:
     if not asked:
         few = min(count, 4)
         return [round(i * (count - 1) / max(1, few - 1)) for i in range(few)]
     wrong = [i for i in asked if not 0 <= i < count]
     if wrong:
-        raise ValueError(f"{what} {wrong[0]}: the model has {what}s 0 to {count - 1}")
+        raise ValueError(f"{part} {wrong[0]}: the model has {part}s 0 to {count - 1}")
     return list(dict.fromkeys(asked))
 
 
@@ -240,7 +240,7 @@ def compare(
     old, new = (
         scale_logits(record(m, ids)["logits"], vocab_size=tokenizer.vocab_size).log_softmax(-1) for m in (before, after)
     )
-    kl = (new.exp() * (new - old)).sum(-1)  # KL(after || before), nats, where each token is what was read last
+    kl = (new.exp() * (new - old)).sum(-1)  # KL(after || before), nats, at each token read last
     rise = (new - old)[:-1].gather(-1, torch.as_tensor(ids, device=old.device)[1:, None])[:, 0]  # of the next token
     first = max(len(ids) - LENS_TOKENS, 0)
     begin = max(start, first)

@@ -26,7 +26,7 @@ def print_text(facts: dict[str, Any], console: Console) -> None:
         (p["name"], p["weight"], p["shape"], p["count"], f"{p['parameters']:,}", f"{p['flops']:,}", f"{p['bytes']:,}")
         for p in first["parts"]
     ])  # fmt: skip
-    rows(console, "what RMSNorm divides by (root mean square)", ("layer", "norm", "mean", "last token"),
+    rows(console, "divisors of RMSNorm (root mean square)", ("layer", "norm", "mean", "last token"),
          [(n["layer"], n["norm"], n["mean"], n["last"]) for n in first["norms"]])  # fmt: skip
     rows(console, "RoPE: the last token's query, turned", ("layer", "head", "pair", "angle", "before", "after"), [
         (r["layer"], r["head"], r["pair"], f"{r['angle']:.3g}", r["before"], r["after"])

@@ -1,4 +1,4 @@
-"""docs/swaps.py: which positions are swapped, what is put there, and what share of the gain that recovers."""
+"""docs/swaps.py: the positions that are swapped, the tokens put there, and the share of the gain that is recovered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The way of one token through one block, stage by stage, each with a sum worked out: what stands behind the overview.
+// The way of one token through one block, stage by stage, each with a sum worked out.
 // Every number is computed again from the residual stream by the methods of qwen2.js, the ones that the answer came from.
 "use strict";
 
@@ -32,7 +32,7 @@ function wayThrough(model, steps, cache, index, layer, head, label) {
   const name = `model.layers.${layer}`, attn = `${name}.self_attn`, x = steps[index].trace.residual[layer];
   const group = Math.floor((head * config.num_key_value_heads) / config.num_attention_heads);
   stages.push({ name: "Residual stream", shape: `[${D}]`, value: x, gist: `root mean square ${short(magnitude(x))}`, lines: [
-    layer ? `what block ${layer - 1} left: ${vector(x)}` : `row ${steps[index].id} of embed_tokens: ${vector(x)}`] });
+    layer ? `output of block ${layer - 1}: ${vector(x)}` : `row ${steps[index].id} of embed_tokens: ${vector(x)}`] });
 
   const n = normStage(model, "RMSNorm", `${name}.input_layernorm`, x);
   const q = model.project(attn, "q", n.value), own = q.subarray(head * K, (head + 1) * K);

@@ -7,7 +7,7 @@ const logSoftmax = (logits) => {
   return Array.from(logits, (v) => v - total);
 };
 
-// [N][V] log-probabilities of a model for what follows each token of a text
+// [N][V] log-probabilities of a model for the next token, behind each token of a text
 function scored(model, ids, vocabSize) {
   const cache = model.newCache();
   return ids.map((id) => logSoftmax(model.step(id, cache).logits.slice(0, vocabSize)));

@@ -9,7 +9,7 @@ function answerOf(judged) {
   return once && !/<\/?think>/.test(text) ? text.match(/<answer>([^]*)<\/answer>/)?.[1] ?? null : null;
 }
 
-// What an answer is worth: {value, each (every number once), right}; null if there is no answer or no problem.
+// The value of an answer: {value, each (every number once), right}; null if there is no answer or no problem.
 function judge(response, question) {
   const answer = answerOf(response), problem = question.match(/\[([\d,\s]+)\]\s*=\s*(\d+)/);
   if (answer === null || !problem) return null;
@@ -60,7 +60,7 @@ function refusal(question, trained) {
     `It knows ${trained.alphabet.replace(" ", "")} and the blank: write a problem such as [3, 5, 2] = 13.` : "";
 }
 
-// What such a model cannot be expected to solve, though it reads it; "" if nothing.
+// Why such a model cannot be expected to solve a problem that it reads; "" if it can.
 function complaint(question, trained) {
   if (!trained || refusal(question, trained)) return refusal(question, trained);
   const found = question.match(/^\[(\d+(?:, \d+)*)\] = (\d+)$/), numbers = found?.[1].split(", ").map(Number);

@@ -1,4 +1,4 @@
-// Texts of models that run in the page: qwen2.js answers the reader's problem, once a checkpoint, and remembers what it did.
+// Texts of models that run in the page: qwen2.js answers the reader's problem with each checkpoint, and keeps all activations.
 "use strict";
 
 const LIVE = FACTS.live;

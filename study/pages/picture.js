@@ -10,7 +10,7 @@ const INSIDE = [
     ["Weighted values", 5, "attention"], ["o_proj", 6, "parts"]]],
   ["MLP", [["RMSNorm", 7, "norms"], ["SwiGLU", 8, "parts"], ["down_proj", 9, "parts"]]],
 ];
-const ZOOM = { block: null, stage: null }; // what one has zoomed into
+const ZOOM = { block: null, stage: null }; // the block and the stage that are open
 
 function box(name, pressed, act, note = "") {
   const made = element("button", { type: "button", class: "box", "aria-pressed": String(pressed) }, element("b", {}, name),

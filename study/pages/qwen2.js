@@ -4,7 +4,7 @@
 //   const model = new Qwen2(config, live, fp32(live.weights[0]));  // weights: fp32, in the order of live.shapes;
 //                                                                  // live.frequencies: radians a token
 //   const cache = model.newCache();
-//   const { logits, trace } = model.step(id, cache);      // trace: what happened inside, for the page
+//   const { logits, trace } = model.step(id, cache);      // trace: the activations, for the page
 "use strict";
 
 // Numbers in fp32 from base64 of their little-endian bytes.
@@ -102,7 +102,7 @@ class Qwen2 {
     return this.linear(`model.layers.${layer}.mlp.down_proj`, this.swiglu(layer, x).act);
   }
 
-  // One token through the model: logits [V] of the next one, and what happened inside.
+  // One token through the model: logits [V] of the next one, and the activations.
   step(id, cache) {
     const D = this.config.hidden_size, trace = { layers: [], residual: [], between: [] };
     let x = this.weights["model.embed_tokens.weight"].slice(id * D, (id + 1) * D);

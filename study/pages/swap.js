@@ -101,7 +101,7 @@ class Swapped extends LiveText {
     this.point(this.at);
   }
 
-  // Speak of position i: what each model would write there.
+  // Show position i, and the token that each model would write there.
   point(i) {
     this.at = Math.max(i, this.promptLength);
     [...this.list.children].forEach((item, k) => item.classList.toggle("pointed", k === this.at));

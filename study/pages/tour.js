@@ -8,7 +8,7 @@ const STOPS = [
   { at: "picture", title: "A token goes through the model", text: "Each token becomes a vector. Every block adds to it twice: attention brings something from earlier tokens, the MLP works on the token alone.",
     task: "Choose Block 1, and in it Attention weights. There is the sum.", key: () => `${ZOOM.stage}`, done: () => ZOOM.stage === 4 },
   { at: "attention", title: "Attention looks back", text: "Each head decides how much every earlier token counts. Blue is more.",
-    task: "Choose another head, and read what it looks at.", key: () => `${CHOSEN.layer}.${CHOSEN.head}` },
+    task: "Choose another head, and see its tokens in blue.", key: () => `${CHOSEN.layer}.${CHOSEN.head}` },
   { at: "next", title: "Logits become probabilities", text: "The head gives each token of the vocabulary a number, its logit. Divided by the temperature, softmax makes probabilities of them.",
     task: "Move the temperature: its slider is here.", key: () => byId("temperature").value, slider: true },
   { at: "text", title: "A token is sampled", text: "One token is drawn from these probabilities and put behind the text. Then the model reads it, too. The redder a token, the less likely it was.",
@@ -42,7 +42,7 @@ function goTo(stop) {
   noteTried();
 }
 
-// A stop was tried if what it speaks of has changed since the stop began.
+// A stop was tried if its subject has changed since the stop began.
 function noteTried() {
   if (TOUR.stop === null) return;
   const { key, done } = STOPS[TOUR.stop];

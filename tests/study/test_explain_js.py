@@ -27,7 +27,7 @@ ALPHABET = "abzAZ019 \t\n\r'.,!?<>|=+*/()[]{}_-éßñ½²٣你好🙂\u0301\u00a
 
 
 def run_node(body: str, given: dict) -> object:
-    """What the function body returns for `given`, with the names of qwen2.js in reach."""
+    """The result of the function body for `given`, with the names of qwen2.js in reach."""
     script = f"""
         const {{ Qwen2, fp32, BPE, filtered }} = require({json.dumps(str(PAGES / "qwen2.js"))});
         const given = JSON.parse(require("fs").readFileSync(0, "utf8"));

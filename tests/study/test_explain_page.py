@@ -1,4 +1,4 @@
-"""The page of explain.py in a headless browser: its model is PyTorch's, and it does what a reader asks."""
+"""The page of explain.py in a headless browser: its model is PyTorch's, and every control works."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_temperature_flattens_the_table_at_once(page):
 
 
 def test_every_stage_of_the_way_is_pytorchs(page, tiny):
-    """From overview to arithmetic: what the page works out for a token, layer and head is what `record` finds there."""
+    """From overview to arithmetic: the page's numbers for a token, layer and head are those of `record`."""
     model, _ = tiny
     page.evaluate("stop(), restart()")
     layer, head, index, K = 2, 3, 11, model.config.head_dim

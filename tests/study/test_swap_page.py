@@ -1,4 +1,4 @@
-"""Swap one token, in the page of two checkpoints: which token is taken, how the text goes on, and what is marked."""
+"""Swap one token, in the page of two checkpoints: the token that is taken, the text after it, and the marks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def from_the_start(page):
 
 
 def greedy(model, tokenizer, ids: list[int], new_tokens: int = 240) -> list[int]:
-    """`ids` and what the model writes after them, without the stop token."""
+    """`ids` and the model's response after them, without the stop token."""
     params = SamplingParams(n=1, max_new_tokens=new_tokens, temperature=0.0)
     response = generate(model, [ids], params, tokenizer=tokenizer)[0].response_ids
     return [*ids, *(i for i in response if i not in tokenizer.eos_token_ids)]
