@@ -140,7 +140,7 @@ def _spread(values: list[Any], episode: Episode) -> list[Any]:
 
 def _rounded(name: str, values: Tensor) -> Tensor:
     """As many digits as single precision has: 7 after the point, of a coefficient 7 significant ones."""
-    values = values.detach().double().cpu()
+    values = values.detach().cpu().double()  # MPS has no fp64
     return significant(values) if name == "coefficient" else values.round(decimals=4 if name == "entropy" else 7)
 
 

@@ -229,7 +229,7 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 
 
 def test_many_rows_are_drawn_as_each_of_them_alone():
-    """On a CPU they are taken in pieces (ROWS_AT_A_TIME)."""
+    """On a CPU they are taken in pieces (LOGITS_AT_A_TIME)."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(70, 50, generator=generator)
     u = torch.rand(70, generator=generator, dtype=torch.float64)
