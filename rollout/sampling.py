@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.head_logprobs import scale_logits
 
-LOGITS_AT_A_TIME = 1_250_000  # on a CPU: 5 MB in fp32, 8 rows of 151,936 ids. From 8 MiB on, malloc maps new pages each time
+LOGITS_AT_A_TIME = 1_250_000  # on a CPU: 5 MB in fp32, 8 rows of 151,936 ids. malloc maps new pages from 8 MiB on
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def sample(logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | 
     of a row contain NaN or +inf, or are all -inf. The id is then an arbitrary valid one, and the caller must reject it.
     A check here would wait for the device.
     """
-    rows_at_a_time = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
-    if logits.device.type == "cpu" and len(logits) > rows_at_a_time:
-        pieces = zip(logits.split(rows_at_a_time), u.split(rows_at_a_time))
+    if pieces := _pieces(logits, u):
         sampled = [sample(*piece, params, vocab_size) for piece in pieces]
         return torch.cat([ids for ids, _ in sampled]), torch.cat([logprobs for _, logprobs in sampled])
     logits = scale_logits(logits, params.temperature or 1.0, vocab_size)  # [N, V] fp32
@@ -94,6 +92,13 @@ def sample(logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | 
     return ids, probabilities.gather(-1, ids[:, None])[:, 0].log()
 
 
+def _pieces(logits: Tensor, u: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Some rows at a time, if these are too many for a CPU at once. Otherwise an empty list."""
+    rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    too_many = logits.device.type == "cpu" and len(logits) > rows
+    return list(zip(logits.split(rows), u.split(rows))) if too_many else []
+
+
 def sample_kept(
     logits: Tensor, u: Tensor, params: SamplingParams, vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +106,7 @@ def sample_kept(
 
     Log-probabilities are those over these ids. If several ids share the lowest logit of the top k, only k are kept.
     """
-    if logits.device.type == "cpu" and len(logits) > ROWS_AT_A_TIME:
-        pieces = zip(logits.split(ROWS_AT_A_TIME), u.split(ROWS_AT_A_TIME))
+    if pieces := _pieces(logits, u):
         columns = zip(*(sample_kept(*piece, params, vocab_size) for piece in pieces))
         ids, logprobs, kept = (torch.cat(column) for column in columns)
         return ids, logprobs, kept

@@ -11,7 +11,7 @@ import torch
 from conftest import make_config, make_model, write_tokenizer
 
 from model.linear import Linear, can_pack
-from rollout import decoding, generation
+from rollout import decoding, generation, sampling
 from rollout.generation import generate
 from rollout.sampling import SamplingParams, filter_weights, inverse_cdf, sample
 from tokenizer import Tokenizer
@@ -228,8 +228,9 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 # --- randomness
 
 
-def test_many_rows_are_drawn_as_each_of_them_alone():
-    """On a CPU they are taken in pieces (LOGITS_AT_A_TIME)."""
+def test_many_rows_are_drawn_as_each_of_them_alone(monkeypatch):
+    """On a CPU they are taken in pieces, here of 8 rows."""
+    monkeypatch.setattr(sampling, "LOGITS_AT_A_TIME", 8 * 50)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(70, 50, generator=generator)
     u = torch.rand(70, generator=generator, dtype=torch.float64)
