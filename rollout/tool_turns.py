@@ -80,7 +80,10 @@ def decode_with_tools(
     model: Qwen2ForCausalLM, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
     tokenizer: Tokenizer, rows: int, environment: Environment, capture: Capture | None = None,
 ) -> tuple[Responses, list[Spans]]:  # fmt: skip
-    """As `decode`, and the given tokens of each response. `params.max_new_tokens` counts them, too."""
+    """As `decode`, and the given tokens of each response. `params.max_new_tokens` counts them, too.
+
+    Recorded steps are not kept for the next rollout.
+    """
     decoder = ToolDecoder(model, prompts, uniforms, params, tokenizer, rows, environment, capture)
     return decoder.run(), decoder.given
 

@@ -236,3 +236,29 @@ def test_a_sequence_without_tokens_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "_pack", with_an_empty_one)
     with pytest.raises(RuntimeError, match="length 0"):
         train_on_gpu(tmp_path / "run")
+
+
+ECHO = """
+from dataclasses import dataclass
+from math_task import CountdownTask
+
+@dataclass(kw_only=True)
+class Echo(CountdownTask):
+    stop_strings = ("=",)
+
+    def respond(self, problem, text_so_far):
+        return f" {len(text_so_far)}"
+"""
+
+
+def test_a_run_with_a_tool_is_the_cpus(tmp_path):
+    """CHECKLIST 74. Recorded steps, rows that go on behind a call, and prefills of observations."""
+    file = tmp_path / "echo.py"
+    file.write_text(ECHO)
+    flags = ["--task", f"{file}:Echo", "--dtype", "fp32"]
+    expected = run(tmp_path / "cpu", "--device", "cpu", *flags)
+    assert expected[1]["tools/calls"] > 0
+    with EmulatedCuda(CARDS["H100"]):
+        found = run(tmp_path / "cuda", "--device", "cuda", *flags)
+    assert_close(found, expected, "fp32")
+    assert [row.get("tools/calls") for row in found] == [row.get("tools/calls") for row in expected]
