@@ -36,10 +36,10 @@ from run.terminal import complain, run_program, say
 from study.follow import follow
 from study.microscope import microscope
 from study.pictures import save_pictures
-from study.responses import marked, marked_tokens
+from study.responses import marked_tokens
 from study.run_facts import facts
 from study.run_files import Record, Run, read_run
-from study.turns import sampled_mask
+from study.turns import pieces, sampled_mask
 from tokenizer import Tokenizer
 from update.scoring import score_episodes
 
@@ -64,12 +64,13 @@ def groups(run: Run) -> list[dict[str, Any]]:
 
 
 def mark_false_sums(shown: dict[str, Any]) -> None:
-    """Give every response that is shown its text in pieces, and the numbers of the tokens that touch a false sum."""
+    """Give every response that is shown its text in pieces (false sums, text of a tool), and the numbers of the tokens
+    that touch a false sum."""
     pairs = [pair for held_out in shown["held_out"] for pair in held_out["pairs"]]
     answers = [answer for pair in pairs for both in pair["ways"].values() for answer in both]
     answers += [answer for run in shown["groups"] for group in run for answer in group["answers"]]
     for answer in answers:
-        answer["pieces"] = marked(answer["response"])
+        answer["pieces"] = pieces(answer)
         answer["false_tokens"] = marked_tokens(answer.get("tokens", []), answer["response"])
 
 

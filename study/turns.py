@@ -1,7 +1,7 @@
 """The turns of a response that calls a tool: the text that the policy sampled, and the text that its environment gave.
 
     for text, given in turns_of(record): ...        # a line of samples.jsonl or held_out.jsonl
-    html = turns_html(record)                       # the same, with <ins class="given"> around given text
+    for text, is_false_sum, given in pieces(record): ...     # cut where a false sum begins or ends as well
 
 A run writes both fields only for responses with a tool. A file may have been edited by hand, so a field that does not
 fit its response is left out.
@@ -9,10 +9,10 @@ fit its response is left out.
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 from data_types import Turn
+from study.responses import marked
 
 
 def turns_of(record: dict[str, Any]) -> list[Turn]:
@@ -27,10 +27,25 @@ def turns_of(record: dict[str, Any]) -> list[Turn]:
     return [Turn(turn["text"], turn["given"]) for turn in turns]
 
 
-def turns_html(record: dict[str, Any]) -> str:
-    """The response as HTML. All text is escaped, and given text is marked."""
-    pieces = ((html.escape(text), given) for text, given in turns_of(record))
-    return "".join(f'<ins class="given">{text}</ins>' if given else text for text, given in pieces)
+def pieces(record: dict[str, Any]) -> list[tuple[str, bool, bool]]:
+    """The response as (text, whether it is a false sum, whether the environment gave it), in order.
+
+    Turns that do not spell the response, as in a file that was edited by hand, are left out.
+    """
+    turns = turns_of(record)
+    if "".join(turn.text for turn in turns) != record["response"]:
+        turns = [Turn(record["response"], False)]
+    found: list[tuple[str, bool, bool]] = []
+    at = 0
+    ends = [(sum(len(turn.text) for turn in turns[: i + 1]), turn.given) for i, turn in enumerate(turns)]
+    for text, wrong in marked(record["response"]):
+        stop = at + len(text)
+        for end, given in ends:
+            if at < stop and at < end:
+                cut = min(stop, end)
+                found.append((record["response"][at:cut], wrong and not given, given))
+                at = cut
+    return found
 
 
 def sampled_mask(record: dict[str, Any]) -> list[bool] | None:

@@ -239,6 +239,22 @@ def test_a_false_sum_is_marked_with_what_it_cost(browser, tmp_path):
     page.close()
 
 
+def test_the_text_of_a_tool_is_framed(browser, tmp_path):
+    called = sample(
+        1, 1, 0, response="<calc>2*3</calc><b>6</b>!", tokens=["<calc>2*3</calc>", "<b>6</b>", "!"],
+        token_logprobs=[-0.1, None, -0.1], token_sampled=[True, False, True],
+        turns=[{"text": "<calc>2*3</calc>", "given": False}, {"text": "<b>6</b>", "given": True},
+               {"text": "!", "given": False}],
+    )  # fmt: skip
+    held_out = [called | {"step": 0}, called | {"step": 2}]
+    folder = write_run(tmp_path / "a", samples=[called], held_out=held_out)
+    assert report.main([str(folder)]) == 0
+    page = opened(browser, folder / "report.html")
+    assert page.locator("#held-out .given").all_inner_texts() == ["<b>6</b>", "<b>6</b>"]
+    assert page.locator("#group-view .given").all_inner_texts() == ["<b>6</b>"]
+    page.close()
+
+
 PAYLOADS = [
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>", "]]>",
     "<!--<script>", "<iframe srcdoc='<b>'>", '"><b onmouseover=alert(1)>', "'-alert(1)-'",

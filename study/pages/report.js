@@ -12,10 +12,11 @@ function verdict(answer, run) {
     (answer.finish_reason === "length" ? ", cut" : "") + (answer.reward_parts.arithmetic < 0 && cost ? `, a false sum cost ${cost.toFixed(2)}` : ""));
 }
 
-// A response with its false sums underlined
+// A response with its false sums underlined and the text of its tool in a frame
 function responseText(answer) {
-  return element("div", { class: "answer" }, ...answer.pieces.map(([text, wrong]) =>
-    wrong ? element("mark", { class: "false", title: "a false sum" }, text) : text));
+  return element("div", { class: "answer" }, ...answer.pieces.map(([text, wrong, given]) =>
+    wrong ? element("mark", { class: "false", title: "a false sum" }, text) :
+      given ? element("ins", { class: "given", title: "text of the tool: the policy did not write it" }, text) : text));
 }
 
 // "Sampled: right in 2 of the 8 shown, then 5; of all 512 problems 24%, then 63%."
@@ -46,8 +47,9 @@ const COLOURINGS = {
 };
 
 function tokenSpans(answer, colouring) {
-  const wrong = new Set(answer.false_tokens);
+  const wrong = new Set(answer.false_tokens), given = (i) => answer.token_sampled?.[i] === false;
   return answer.tokens.map((text, i) => {
+    if (given(i)) return element("ins", { class: "given", title: "a token of the tool: it is not trained on" }, text);
     const found = COLOURINGS[colouring][1](answer, i);
     const told = `p = ${Math.exp(answer.token_logprobs[i] ?? NaN).toFixed(4)}` + (answer.ratios ? `, ratio ${answer.ratios[i]}` : "");
     return element("span", { title: told, ...(wrong.has(i) ? { class: "false" } : {}),

@@ -8,7 +8,7 @@ from report_fixtures import sample
 from data_types import Episode, Turn
 from run.config import Config
 from run.run_log import RunLog
-from study.turns import sampled_mask, turns_html, turns_of
+from study.turns import pieces, sampled_mask, turns_of
 
 IDS = [ord(letter) for letter in "2*3?6!"]
 SAMPLED = [True, True, True, True, False, True]
@@ -40,9 +40,23 @@ def test_a_sample_without_a_tool_is_as_it_was(tmp_path):
     assert sampled_mask(record) is None
 
 
-def test_given_text_is_marked_and_all_text_is_escaped():
-    record = sample(1, 0, 1, turns=[{"given": False, "text": "<b>"}, {"given": True, "text": "</ins><script>"}])
-    assert turns_html(record) == '&lt;b&gt;<ins class="given">&lt;/ins&gt;&lt;script&gt;</ins>'
+def test_pieces_tell_false_sums_from_text_of_the_tool():
+    texts = [("3 + 5 = 9 <b>", False), ("2 + 2 = 5", True), ("!", False)]
+    turns = [{"text": text, "given": given} for text, given in texts]
+    record = sample(1, 0, 1, response="3 + 5 = 9 <b>2 + 2 = 5!", turns=turns)
+    assert pieces(record) == [
+        ("3 + 5 = 9", True, False), (" <b>", False, False), ("2 + 2 = 5", False, True), ("!", False, False)
+    ]  # fmt: skip
+
+
+def test_a_response_without_a_tool_is_sampled_in_all_its_pieces():
+    record = sample(1, 0, 1, response="so 3 + 5 = 9")
+    assert pieces(record) == [("so ", False, False), ("3 + 5 = 9", True, False)]
+
+
+def test_turns_that_do_not_spell_the_response_are_left_out():
+    record = sample(1, 0, 1, response="4", turns=[{"given": True, "text": "5"}])
+    assert pieces(record) == [("4", False, False)]
 
 
 @pytest.mark.parametrize("turns", [None, [], "x", [1], [{"text": "x"}], [{"text": 3, "given": True}]])
