@@ -31,7 +31,11 @@ import sys
 import filelock, huggingface_hub, jinja2, psutil, pyarrow, rich.live, safetensors.torch, tokenizers, torch, tyro
 import torch.distributed.fsdp, torch.distributed.tensor, torch.utils.tensorboard  # packages of others come first
 import asyncio, concurrent.futures, multiprocessing.connection, subprocess, tempfile
-import os, signal, socket
+import os, signal, socket, types
+import psutil, subprocess
+theirs = types.ModuleType("signal")  # for packages of others, which have code of their own for Windows
+theirs.__dict__.update(vars(signal))
+psutil.signal = psutil._psposix.signal = subprocess.signal = theirs
 for name in {modules}:
     sys.modules[name] = None
 for module, names in {calls}.items():
@@ -89,6 +93,7 @@ def test_a_reward_in_the_sandbox(checkpoint_folder, tmp_path):
     words = ["--ckpt", checkpoint_folder, "--run-dir", tmp_path / "run", "--steps", 1, "--task", "arithmetic", *SMALL]
     done = run_hidden("train", *words, "--reward", f"{tmp_path / 'mine.py'}:letters")
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert metrics_of(tmp_path / "run")[1]["reward"] > 0
 
 
