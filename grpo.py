@@ -31,7 +31,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ from tasks.curriculum import Curriculum
 from tasks.metric_names import check_names
 from tasks.task_base import QuestionTask, Task
 from tokenizer import Tokenizer
-from update.advantages import NAMED, length_weighted_mean, named_advantages, unknown_choice
+from update.advantages import NAMED, deviation, length_weighted_mean, named_advantages, unknown_choice
 from update.guards import Guard, name_culprit, not_finite_answer
 from update.loss_scale import LossScale
 from update.losses import adapt_entropy_coef
@@ -206,8 +206,8 @@ def _relative_rewards(
         advantages = [a * len(rewards) / (len(rewards) - 1) for a in advantages]  # r - mean of the others
     if scale == "none":
         return advantages
-    deviation = pstdev(batch if scale == "batch" else rewards) + epsilon
-    return [a / deviation for a in advantages]
+    divisor = deviation(batch if scale == "batch" else rewards) + epsilon
+    return [a / divisor for a in advantages]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

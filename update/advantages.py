@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 
 from data_types import Episode
 
 NAMED = {"maxrl": ("group",), "gdpo": ("group",), "pass_at_k": ("group", "none")}  # with a division of their own
 ESTIMATORS = ("group_mean", "rloo", "reinforce_pp", "opo", *NAMED)
+HUGE = 1e150  # its square is close to the largest number of a float
 SCALES = ("group", "batch", "none")
 
 
@@ -47,6 +48,16 @@ def named_advantages(
     if estimator == "maxrl":
         return [maxrl(values, epsilon) for values in rewards]
     return [best_of_k(values, k, divide=divide, epsilon=epsilon) for values in rewards]
+
+
+def deviation(values: Sequence[float], sample: bool = False) -> float:
+    """Standard deviation, with divisor n or, of a sample, n - 1. It is finite if twice the largest value is.
+
+    Python 3.10 squares the values in floating point, so large ones are scaled before.
+    """
+    compute = stdev if sample else pstdev
+    unit = max(map(abs, values))
+    return compute(values) if unit < HUGE else unit * compute([value / unit for value in values])
 
 
 def length_weighted_mean(rewards: Sequence[float], lengths: Sequence[int]) -> float:
@@ -127,11 +138,11 @@ def decoupled(
             values = [parts[i][name] for i in known]
             if not values or min(values) == max(values):
                 continue
-            mean, deviation = fmean(values), pstdev(values)
+            mean, spread = fmean(values), deviation(values)
             for i, value in zip(known, values):
-                total[i] += weights.get(name, 1.0) * (value - mean) / (deviation + epsilon)
+                total[i] += weights.get(name, 1.0) * (value - mean) / (spread + epsilon)
     flat = [a for total in sums for a in total]
     if not flat or min(flat) == max(flat):
         return [[0.0] * len(total) for total in sums]
-    divisor = pstdev(flat) + epsilon
+    divisor = deviation(flat) + epsilon
     return [[a / divisor for a in total] for total in sums]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from data_types import Episode
 from parallel.distributed import gather_each
 from tasks.metric_names import TASK_DIAGNOSTICS, check_names
 from tasks.task_base import Task
+from update.advantages import deviation
 
 Metrics = dict[str, float]
 
@@ -132,7 +133,7 @@ def reward_metrics(episodes: Sequence[Episode], task: Task) -> Metrics:
 def _deviation(values: list[float]) -> float:
     """Sample deviation (divisor n - 1) of the finite numbers among the values. 0 for fewer than two."""
     known = [value for value in values if math.isfinite(value)]
-    return stdev(known) if len(known) > 1 else 0.0
+    return deviation(known, sample=True) if len(known) > 1 else 0.0
 
 
 def has_signal(rewards: Sequence[float]) -> bool:
