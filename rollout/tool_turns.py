@@ -64,7 +64,7 @@ class Environment:
     @classmethod
     def of(cls, task: Task, problems: Sequence[Problem]) -> Environment | None:
         """The task as the environment of responses to these problems. None: the task has no tool."""
-        if not task.stop_strings:
+        if not getattr(task, "stop_strings", ()):  # any object with a reward is a task
             return None
 
         def respond(prompt: int, text_so_far: str) -> str | None:

@@ -35,7 +35,7 @@ VOCAB, PAD, STOP = 259, 256, 258
 TEMPERATURE = 0.8
 
 
-# --- the slow twin, and what it is fed
+# --- the reference implementation, and its inputs
 
 
 def make_episodes(seed: int = 0, groups: int = 3, n: int = 4, lengths=range(1, 9)) -> list[Episode]:
@@ -222,6 +222,16 @@ def test_a_rollout_keeps_problems_rewards_and_groups_together(tiny_model, tokeni
         assert e.prompt_ids == batch.prompt_ids[i // n]
         assert e.reward == task.reward(e.problem, e.text).total == e.reward_parts["answer"]
         assert (e.temperature, e.vocab_size) == (1.0, VOCAB)
+
+
+def test_any_object_with_a_reward_is_a_task(tiny_model, tokenizer):
+    class OnlyReward:
+        def reward(self, problem, response):
+            return Reward(0.25, {"half": 0.5})
+
+    batch = MiniBatch.from_problems(EvenLetters().problems("train", 2), tokenizer)
+    episodes = rollout(tiny_model, tokenizer, OnlyReward(), batch, SamplingParams(2, 4))
+    assert [(e.reward, e.reward_parts) for e in episodes] == [(0.25, {"half": 0.5})] * 4
 
 
 def test_a_rollout_that_biases_the_ratio_says_so(tiny_model, tokenizer, caplog):

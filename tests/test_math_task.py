@@ -644,7 +644,11 @@ def test_make_task_gives_each_named_task(tmp_path):
     ("name", "options", "message"),
     [
         ("countdwon", {}, "task 'countdwon' is not known; did you mean countdown?"),
-        ("zzz", {}, "task 'zzz' is not known; known are arithmetic, countdown, gsm8k, jsonl, math"),
+        (
+            "zzz",
+            {},
+            "task 'zzz' is not known; known are arithmetic, calculator, countdown, gsm8k, jsonl, math, path/to/file.py",
+        ),
         ("countdown", {"max_numbers": 3}, "task countdown has no option max_numbers; did you mean max_number?"),
         ("path/to/file.py:MyTask", {}, "path/to/file.py: no such file"),
         ("math_task.py", {}, "expected path/to/file.py:MyTask"),

@@ -1,4 +1,4 @@
-"""head_logprobs.py against its slow twin, closed-form numbers and fp64."""
+"""head_logprobs.py against the plain computation, closed-form numbers and fp64."""
 
 import math
 

@@ -390,7 +390,7 @@ def test_text_of_others_reaches_the_terminal_escaped_in_one_line(checkpoint_fold
 
 
 def test_a_warning_and_a_traceback_are_escaped(tmp_path):
-    """Of a program: standard error, whoever writes the text."""
+    """Of a program: standard error, for every writer of the text."""
     program = f"""
 import logging, sys, warnings
 sys.path.insert(0, {str(ROOT)!r})

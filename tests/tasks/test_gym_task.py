@@ -70,7 +70,7 @@ def test_programs_are_not_harmless(answer):
 
 
 def test_an_answer_is_never_run(tmp_path):
-    """DESIGN 10: several scorers of reasoning-gym call eval on the answer. A program gets no further than this file."""
+    """Several scorers of reasoning-gym call eval on the answer. A program gets no further than this file."""
     pytest.importorskip("reasoning_gym")
     proof = tmp_path / "was-here"
     for name in ("n_queens", "spiral_matrix", "puzzle24"):
