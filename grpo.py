@@ -1,21 +1,23 @@
 """GRPO, top to bottom: rollout -> compute_advantages -> update_policy, and the class `GRPO` that runs them.
 
-For every prompt, sample a group of responses and score each. The group is its own baseline (DeepSeekMath, Shao et al.
-2024, arXiv 2402.03300, section 4.1): responses better than the mean of their group become likelier, worse ones less
-likely.
+For every prompt, sample a group of responses and compute the reward of each (DeepSeekMath, Shao et al. 2024, arXiv
+2402.03300, section 4.1). The mean reward of the group is the baseline. Responses above it become more likely, those
+below less likely. q is the prompt, o_t token t of the response, pi the policy, KL_t the divergence from a reference
+policy, and H the mean entropy of the step's tokens.
 
-    A_i    = (r_i - mean(r)) / std(r)                              per group     compute_advantages
+    A_i    = (r_i - mean(r)) / (std(r) + 1e-4)                     per group     compute_advantages
     rho_t  = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)             per token     losses.policy_loss
-    loss   = sum_t w_t [ -min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + beta KL_t - alpha H_t ]    update_policy
+    loss   = sum_t w_t [ -min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + beta KL_t ] - alpha H      update_policy
 
-textbook.py has the same algorithm on one page without any fast path. Departures from it, and the reasons:
+textbook.py has the same algorithm on one page without any fast path. Four choices of the implementation:
 
-- pi_old is the sampler's own log-probability, stored when the token was drawn. Sampler and trainer share weights and
-  code, so both agree up to rounding. The difference is logged at every step.
-- The weights w_t are computed once for the whole optimizer step (losses.token_weights). Micro-batches add up their
-  parts, so the gradient does not depend on their size.
-- The prompt of a group passes through the model once, and all its responses attend to it (layout.Layout.shared_prefix).
-- alpha > 0 rewards entropy H, which keeps the policy random.
+- log pi_old is stored by the sampler when it draws the token. In the first update after a rollout,
+  sampler and trainer have the same weights and agree up to rounding. The difference is logged at every step.
+- The weights w_t are computed once for the whole optimizer step (losses.token_weights). By default, w_t is 1 divided by
+  the number of tokens of the step. The gradients of the micro-batches are summed, so their size does not matter.
+- In a micro-batch, the prompt of a group passes through the model once. All its responses attend to it
+  (layout.Layout.shared_prefix).
+- alpha > 0 rewards entropy, so that the policy stays random. By default alpha and beta are 0.
 
     trainer = GRPO()                                          # the bundled tiny model on the CPU
     loss = trainer.train_step("What is 12 + 7 * 3?", "33")    # one group, one update
@@ -69,7 +71,7 @@ from update.step_metrics import Metrics, StepTotals, reward_metrics
 from update.token_traces import TokenTraces, first_groups
 
 logger = logging.getLogger(__name__)
-SPARE_PROBLEMS = 2**31  # number of the first problem that replaces a dropped one, far from the run's own problems
+SPARE_PROBLEMS = 2**31  # number of the first replacement problem, far above the numbers of ordinary problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,12 +91,12 @@ def rollout(
 ) -> list[Episode]:
     """Sample `sampling.n` responses to every prompt and score them. The responses to a prompt share a group id.
 
-    The same (weights, batch, sampling, seed) gives the same episodes, for any number of processes: each samples and
-    scores its share of the prompts, and all of them get all episodes. Temperature 0 is for evaluation: its episodes
-    are scored at temperature 1.
+    The same (weights, batch, sampling, seed) gives the same episodes, for any number of processes. Each process samples
+    and scores its share of the prompts. Then every process gets all episodes. Temperature 0 is for evaluation. The
+    log-probabilities of its responses are those of temperature 1.
 
-    must_be_finite: True raises ValueError if the model's logits are not finite. False ends such a response there, with
-        the finish reason "not_finite" and no reward. `update_policy` refuses a step that has one.
+    must_be_finite: True raises ValueError if the model's logits are not finite. False ends such a response early. Its
+        finish reason is "not_finite" and its reward is NaN. `update_policy` refuses a step with such a response.
     """
     if sampling.filtered and not sampling.keep_mask:
         logger.warning("top-k, top-p or min-p is on: the sampled distribution differs from the trained one, "
@@ -133,10 +135,10 @@ def rollout(
 
 
 def _judged(task: Any, problem: Problem | None, completion: Completion) -> tuple[Reward, dict[str, float] | None]:
-    """Reward and diagnostics of a response. None: no diagnostics without a reward, or without a problem."""
+    """Reward and diagnostics of a response. Diagnostics are None without a reward, a problem or a `Task`."""
     if completion.finish_reason == "not_finite":
         return Reward(math.nan, {}), None
-    if problem is None or not isinstance(task, Task):  # any object with a reward
+    if problem is None or not isinstance(task, Task):  # no problem, or an object that only has `reward`
         return task.reward(problem, completion.text), None
     if completion.turns is not None:
         return task.judge_turns(problem, completion.turns)
@@ -163,22 +165,23 @@ def compute_advantages(
         rloo          mean reward of the others of the group (Ahmadian et al. 2024, arXiv 2402.14740)
         reinforce_pp  mean reward of the batch (REINFORCE++, Hu 2025, arXiv 2501.03262)
         opo           mean reward of the group, weighted by the lengths (OPO, arXiv 2505.23585)
-      Three more have a division of their own (update/advantages.py has the formulas):
+      Three more use other formulas than the one above (update/advantages.py):
         maxrl         (reward - mean) / mean of the group (MaxRL, arXiv 2602.02710)
-        gdpo          each reward part normalized in its group, their sum over the batch (GDPO, arXiv 2601.05242)
+        gdpo          normalizes each reward part in its group, then their sum in the batch (arXiv 2601.05242)
         pass_at_k     a group is judged by the best of `k` of its responses (arXiv 2508.10751)
-    scale: the deviation, of the population (divisor n): `group`, `batch`, or `none` (Dr. GRPO, arXiv 2503.20783).
-        The baseline of reinforce_pp is the batch's, so its deviation is the batch's under `group`, too: a deviation
-        of 0 in a group of equal rewards would turn a small difference from the batch into a huge advantage.
-    part_weights: gdpo: weight of each reward part. None, and for parts without a weight: 1.
+    scale: the rewards whose standard deviation (divisor n) is the divisor: `group` or `batch`. `none` does not divide
+        (Dr. GRPO, arXiv 2503.20783). With reinforce_pp, `group` means the batch, too. A group of equal rewards has
+        deviation 0, and a small difference from the mean of the batch would become a huge advantage.
+    part_weights: only for gdpo, the weight of each reward part. The default is 1.
 
-    Groups are given by `group_id`, in any order. If all rewards of a group are equal, its advantages are exactly 0,
-    except under reinforce_pp and gdpo. An episode whose reward is not finite gets 0 and does not change the others.
+    Episodes with the same `group_id` are a group, in any order. If all rewards of a group are equal, its advantages are
+    exactly 0, except with reinforce_pp and gdpo. An episode whose reward is not finite gets advantage 0. It does not
+    count in any mean or deviation.
     Raises ValueError for an unknown option, and for a scale that the estimator does not have.
     """
     if wrong := unknown_choice(estimator, scale):
         raise ValueError(wrong)
-    members = defaultdict(list)  # of each group: its episodes
+    members = defaultdict(list)  # group id -> episodes
     for episode in episodes:
         if math.isfinite(episode.reward):
             members[episode.group_id].append(episode)
@@ -198,7 +201,7 @@ def _relative_rewards(
     """(reward - baseline) / (deviation + epsilon) of a group's episodes. `batch`: all rewards of the step."""
     own = [episode.reward for episode in group]
     rewards = batch if estimator == "reinforce_pp" else own  # the baseline is their mean
-    if min(rewards) == max(rewards):  # equal: exactly 0, without rounding
+    if min(rewards) == max(rewards):  # all equal: exactly 0, without a rounding error
         return [0.0] * len(own)
     baseline = length_weighted_mean(own, [e.n_sampled for e in group]) if estimator == "opo" else fmean(rewards)
     advantages = [reward - baseline for reward in own]
@@ -230,27 +233,29 @@ def update_policy(
     traces: TokenTraces | None = None,
     **options: Any,
 ) -> Metrics:
-    """One optimizer step on `episodes`, whose advantages are set. Returns the step's metrics.
+    """One optimizer step on `episodes`. Their advantages must be set. Returns the step's metrics.
 
     Args:
-        loss: the options of the loss. Single ones may be given by name instead: loss_type="gspo", beta=0.04, kl="k3".
-        reference: the frozen policy of k1, k2 and k3, on the model's device. A model with adapters may be its own
-            reference; its adapters are off then.
-        before: `score_episodes` with the weights before the rollout's first update, for the updates after it.
-        max_new_tokens: constant denominator of dr_grpo. None: the longest response.
-        max_grad_norm: the joint norm of all gradients is scaled down to this.
-        micro_batch_tokens: most tokens in one forward and backward pass. It changes memory, not the gradient. If memory
-            runs out, the gradient is computed again with half as many.
-        guard: keeps why an update was refused. None: only a warning.
-        loss_scale: of fp16 weights, from the update before. None: a new one.
-        traces: keeps the numbers of some episodes, token by token. They change nothing.
+        loss: the options of the loss. Options may also be given by name: loss_type="gspo", beta=0.04, kl="k3".
+        reference: the frozen policy that the KL estimates k1, k2 and k3 compare with, on the model's device. A model
+            with LoRA adapters may be its own reference, and is then run without them.
+        before: results of `score_episodes` from before the first update of this rollout. Some losses need them in the
+            second and later updates.
+        max_new_tokens: length by which dr_grpo divides. None: that of the longest response.
+        max_grad_norm: if the joint norm of all gradients is larger, the gradients are scaled down to it.
+        micro_batch_tokens: largest number of tokens in one forward and backward pass. It changes memory, not the
+            gradient. If memory runs out, the gradient is computed again with half as many.
+        guard: keeps the cause of a refused update. None: the cause is only in the warning.
+        loss_scale: the scale of the loss for fp16 weights, kept from update to update. None: a new one.
+        traces: records the numbers of some episodes, token by token. It does not change the update.
 
-    With several processes all of them pass the same episodes. Each computes its groups' part of the gradient.
-    Episodes without a gradient (advantage 0, beta 0, entropy_coef 0) count in the denominators and are not computed.
-    A non-finite loss, gradient or log-probability of the sampler refuses the step: the weights do not change,
-    `update/skipped` and `update/not_finite` are 1, and a warning names tensor and episode. A step without any gradient
-    is skipped, too. Raises ValueError if a divergence needs a reference and there is none, TypeError for an unknown
-    option.
+    With several processes, each of them must pass the same episodes. Each computes its groups' part of the gradient.
+    An episode has no gradient if its advantage, beta and entropy_coef are 0. It is not computed, but its tokens count
+    in the denominators. If the loss, a gradient or a log-probability of the sampler is not finite, the step is refused.
+    The weights then do not change, `update/skipped` and `update/not_finite` are 1, and a warning names tensor and
+    episode. With fp16 weights, an infinite gradient first lowers the loss scale, and the gradient is computed again. A
+    step without any gradient is skipped. Raises ValueError if the loss needs a reference and there is none, and
+    TypeError for an unknown option.
     """
     loss = replace(loss or LossOptions(), **options) if options else loss or LossOptions()
     guard, scale = guard or Guard(), loss_scale or LossScale(model.dtype)
@@ -302,10 +307,10 @@ def update_policy(
 
 
 def _clipped_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float, scale: LossScale) -> None:
-    """A step with gradients whose joint norm is at most `max_norm`. `norm` is the norm with the loss scale."""
+    """Scale the gradients down to the joint norm `max_norm`, and step. `norm` still contains the loss scale."""
     if scale.active and isinstance(optimizer, MemoryEfficientAdamW):
         grad_norm = norm.item() / scale.value
-        optimizer.step(gradient_factor=min(1.0, max_norm / (grad_norm + 1e-6)) / scale.value)  # in fp32
+        optimizer.step(gradient_factor=min(1.0, max_norm / (grad_norm + 1e-6)) / scale.value)  # computed in fp32
     else:
         torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_norm * scale.value, norm)
         for gradient in _gradients(optimizer) if scale.active else []:
@@ -323,16 +328,16 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A training: model, task, optimizer and the step
+# The trainer: model, task, optimizer and the step
 
 
 class GRPO:
-    """Model, tokenizer, task and optimizer of one training, and its step.
+    """The trainer: model, tokenizer, task and optimizer of a run, and the training step.
 
-    Arguments that are not given are built from `config`. Without a config it is the bundled tiny model with its preset.
+    Arguments that are not given are built from `config`. The default config is the preset of the bundled tiny model.
 
-    step_count: number of steps so far, one rollout each.
-    num_tokens: tokens of all responses so far, each with its prompt, as TRL counts them.
+    step_count: number of steps so far.
+    num_tokens: tokens of all responses so far. Each response counts with its prompt, as in TRL.
     """
 
     def __init__(
@@ -351,7 +356,7 @@ class GRPO:
         self.model, self.tokenizer = model, tokenizer
         self.task = task or task_from_config(config)
         levels = config.curriculum
-        if levels and task is not None and not task.levels():  # a preset asks for levels of its own task
+        if levels and task is not None and not task.levels():  # the preset's own task has levels, this one has none
             logger.warning("--curriculum is off: %s has no levels", type(task).__name__)
             levels = False
         self.curriculum = Curriculum(self.task) if levels else None
@@ -378,7 +383,7 @@ class GRPO:
         self.num_tokens = 0
         self.guard = Guard(config.max_refusals)
         self.loss_scale = LossScale(model.dtype)
-        self.entropy_coef = config.entropy_coef  # the adaptive coefficient
+        self.entropy_coef = config.entropy_coef  # with an entropy target, it is adapted after every step
         self.applied_entropy_coef = config.entropy_coef  # 0 while the entropy is above its target
 
     @property
@@ -389,9 +394,9 @@ class GRPO:
         )  # fmt: skip
 
     def problems(self, n: int, start: int, task: Task | None = None) -> list[Problem]:
-        """Training problems `start` to `start + n`: of the curriculum's levels if there is one, else of the task.
+        """`n` training problems from number `start` on. With a curriculum, they come from its levels.
 
-        task: None: the training's task. The curriculum belongs to that one.
+        task: None: the trainer's own task. For another task, the curriculum is not used.
         """
         if self.curriculum and (task is None or task is self.task):
             return self.curriculum.problems("train", n, start)
@@ -400,8 +405,8 @@ class GRPO:
     def step(self, batch: MiniBatch, *, task: Task | None = None, refill: bool = True) -> tuple[list[Episode], Metrics]:
         """One GRPO step: rollout, advantages, `updates_per_rollout` updates. Returns the episodes and the metrics.
 
-        task: scores the responses. None: the training's task.
-        refill: False draws no further problems in place of dropped groups.
+        task: gives the rewards. None: the trainer's own task.
+        refill: False: dropped groups are not replaced by groups of further problems.
         """
         c, task = self.config, task or self.task
         self.step_count += 1
@@ -409,7 +414,7 @@ class GRPO:
         episodes, dropped = self.rollout(batch, task=task, refill_rounds=c.refill_rounds if refill else 0)
         sampled = time.perf_counter()
         if self.curriculum:
-            self.curriculum.record(episodes + dropped)  # those of all processes: the levels are the same in each
+            self.curriculum.record(episodes + dropped)  # episodes of all processes, so all have equal levels
         episodes = compute_advantages(
             episodes, estimator=c.advantage_estimator, scale=c.advantage_scale, k=c.pass_k,
             part_weights={**task.part_weights(), **PENALTY_WEIGHTS, "kl": -c.beta},
@@ -420,7 +425,7 @@ class GRPO:
         updated = time.perf_counter()
         episodes = sorted(episodes + dropped, key=lambda e: e.group_id)
         response_tokens = sum(e.n_sampled for e in episodes)
-        # All tokens that the model saw: those that an environment gave, too.
+        # The prompt counts once for each response. Tokens that an environment gave count, too.
         self.num_tokens += sum(len(e.prompt_ids) + len(e.response_ids) for e in episodes)
         rates = {
             "rollout/tokens_per_second": response_tokens / (sampled - started),
@@ -448,8 +453,9 @@ class GRPO:
     ) -> tuple[list[Episode], list[Episode]]:
         """Sample and score. Returns the episodes to train on, and those of dropped groups.
 
-        With drop_zero_variance, further problems are sampled in place of dropped groups, in at most `refill_rounds`
-        rounds. Rewards are shaped by terms that only the trainer knows: lengths and log-probabilities.
+        With drop_zero_variance, groups of equal rewards are dropped. Further problems replace them, in at most
+        `refill_rounds` rounds. The options of the config may add penalties for length and divergence to the rewards, or
+        replace the rewards by random ones.
         """
         P, c, task = len(batch), self.config, task or self.task
         kept: list[Episode] = []
@@ -483,9 +489,9 @@ class GRPO:
         return kept, dropped
 
     def update(self, episodes: list[Episode]) -> Metrics:
-        """All updates of a rollout. Returns the metrics of the last one, with `sampling/...` of the first one.
+        """All updates of a rollout. Returns the metrics of the last update, but `sampling/...` of the first update.
 
-        The difference between sampler and trainer is measured at equal weights, so only the first update shows it."""
+        Those compare sampler and trainer. Only before the first update do both have the same weights."""
         with compiled_functions(self.config.compile):
             return self._update(episodes)
 
@@ -498,7 +504,7 @@ class GRPO:
                 micro_batch_tokens=c.micro_batch_tokens,
             )  # fmt: skip
         if c.lora_rank and c.lora_dropout:
-            torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # a resumed run then has the same dropout
+            torch.manual_seed(c.seed * 1_000_003 + self.step_count)  # a resumed run draws the same dropout masks
         first: Metrics = {}
         traces = TokenTraces(first_groups(episodes, c.log_tokens))
         for number in range(1, c.updates_per_rollout + 1):
@@ -519,8 +525,8 @@ class GRPO:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The trainer's own state for the checkpoint, besides weights and optimizer state."""
-        refusals = 0 if self.guard.gave_up else self.guard.refusals  # a run that gave up may be resumed
+        """State for the checkpoint besides weights, optimizer state and step count, which train.py saves."""
+        refusals = 0 if self.guard.gave_up else self.guard.refusals  # after giving up, a resumed run starts at 0
         return {
             "entropy_coef": self.entropy_coef,
             "applied_entropy_coef": self.applied_entropy_coef,
@@ -533,14 +539,14 @@ class GRPO:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.entropy_coef = float(state["entropy_coef"])
         self.applied_entropy_coef = float(state["applied_entropy_coef"])
-        self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints have none
+        self.guard.refusals = int(state.get("refusals", 0))  # older checkpoints lack it
         self.loss_scale.load_state_dict(state)
-        self.num_tokens = int(state.get("num_tokens", 0))  # nor this one: it counts from the resume on
+        self.num_tokens = int(state.get("num_tokens", 0))  # older checkpoints lack it: count from the resume on
         if self.curriculum:
             self.curriculum.load_state_dict(state.get("curriculum", {}))
 
     def train_step(self, question: str, answer: str) -> float:
-        """One step on a single question. `answer`: a number or a text. Returns the loss."""
+        """One step on one question. `answer`: the right answer, a number or a text. Returns the loss."""
         questions = self.task if isinstance(self.task, QuestionTask) else self._questions()
         problem = questions.problem_from(question, answer)
         _, metrics = self.step(MiniBatch.from_problems([problem], self.tokenizer), task=questions, refill=False)

@@ -3,12 +3,12 @@
     model = Qwen2ForCausalLM.from_pretrained("models/Qwen2.5-0.5B-Instruct")
     logits = model(input_ids)                                   # [B, T] -> [B, T, V]
 
-Two departures from the textbook. The model runs on flat token rows [N, D], because every part but attention works a
-token at a time; who may look at whom is decided by the `attend` it is handed (attention.py). And logits are not the
-natural output: training asks for `hidden_states` and goes through the LM head in chunks (head_logprobs.py).
+Two departures from the textbook. First, the model runs on flat token rows [N, D], because every part but attention
+works on each token alone. The argument `attend` decides which tokens attend to which (attention.py). Second, training
+calls `hidden_states` and computes the logits in chunks (head_logprobs.py).
 
-Parameter names are those of the released checkpoints, so loading is `load_state_dict` and saving gives a folder that
-transformers reads. The same lines read Llama 3 (no q/k/v bias, llama3 RoPE scaling) and Qwen3 (norms on q and k).
+Parameter names are those of the released checkpoints, so transformers reads a saved folder.
+The same code runs Llama 3 (no q/k/v bias, llama3 RoPE scaling) and Qwen3 (norms on q and k).
 
 Shape letters: B batch, T time, N flat tokens, D hidden, H query heads, G key-value heads, K head size, F feed-forward,
 V vocabulary. Sources: Qwen2 Technical Report (Yang et al. 2024); RMSNorm (Zhang & Sennrich 2019); RoPE (Su et al.
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda":  # the same in one kernel; it rounds once, after the weight
+        if x.device.type == "cuda":  # one kernel. It rounds once, `rms_norm` before the weight and after it
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
@@ -70,11 +70,11 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        # No buffer: model.to(torch.bfloat16) would round it, and move every rotation with it.
+        # Not a buffer: model.to(torch.bfloat16) would round it, and every rotation would change.
         self.frequencies: dict[torch.device, Tensor] = {}
 
     def compute_frequencies(self) -> Tensor:
-        """[K / 2] radians a token: theta^(-2i / K), stretched for long wavelengths where llama3 scaling asks for it."""
+        """[K / 2] radians a token: theta^(-2i / K). llama3 scaling lowers the low frequencies."""
         K, scaling = self.config.head_dim, self.config.rope_scaling
         frequencies = self.config.rope_theta ** -(torch.arange(0, K, 2, dtype=torch.float32) / K)
         if scaling is None:
@@ -187,7 +187,7 @@ class Qwen2Model(nn.Module):
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """The language model. Training and decoding call `hidden_states`. `forward` is for people and parity."""
+    """The language model. Training and decoding call `hidden_states`. `forward` is for users and for tests."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -199,7 +199,7 @@ class Qwen2ForCausalLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D] weight of the LM head; the embedding itself where the two are tied."""
+        """[V, D] weight of the LM head. If the two are tied, it is the embedding's."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @property
@@ -239,7 +239,7 @@ class Qwen2ForCausalLM(nn.Module):
     ) -> Qwen2ForCausalLM:
         """Fresh weights: normal with deviation 0.8 / sqrt(fan in), the embedding 0.02, norms 1, biases 0.
 
-        At widths of a few hundred, the usual constant 0.02 leaves the blocks nearly silent and learns slowly.
+        At widths of a few hundred, the usual constant 0.02 makes the blocks' outputs small, and training is slow.
         """
         model = cls(config)
         generator = torch.Generator().manual_seed(seed)
@@ -255,8 +255,9 @@ class Qwen2ForCausalLM(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2ForCausalLM:
         """Load a folder of config.json and safetensors (one file, or shards with an index).
 
-        The module is built without storage and each tensor is put in place as it is read, so the weights are never
-        held twice. Raises FileNotFoundError or ValueError with the name of the file or tensor that is missing or wrong.
+        The module is built without storage and each tensor is put in place as it is read, so the weights are not
+        held twice. (Of tied weights, a folder may hold the embedding and an equal head. Both are held until the end.)
+        Raises FileNotFoundError or ValueError with the name of the file or tensor that is missing or wrong.
 
         If config.json ties the LM head to the embedding but the folder has another `lm_head.weight`, the two stay
         apart, as in transformers, and a warning says so.
@@ -281,7 +282,7 @@ class Qwen2ForCausalLM(nn.Module):
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
     def _untied(self, ends: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-        """Of the embedding and the head, those to put in place. A head that differs gets a module of its own."""
+        """Which of the embedding and the head to load. A head that differs gets a module of its own."""
         if not self.config.tie_word_embeddings:
             return ends
         if len(ends) == 1 or _equal(ends[EMBEDDING], ends[HEAD]):
@@ -322,7 +323,7 @@ def _without_storage(kind: type[Qwen2ForCausalLM], config: Qwen2Config, folder: 
 def _tensors(
     folder: str | Path, config: Qwen2Config, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name in the model, tensor), each checked against `shapes`; at the end, none may be missing."""
+    """(name in the model, tensor), each checked against `shapes`. Raises ValueError if one is missing."""
     full_names = {name.removeprefix("model."): name for name in shapes}  # a base model is saved without the prefix
     missing = set(shapes)
     for file_name, tensor in read_safetensors(folder):

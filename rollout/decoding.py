@@ -6,13 +6,13 @@ One step is forward, logits and sampling. All its tensors stay where they are: t
 last token and its length, the table of uniform numbers, and the tables of results. A row whose response is finished
 points to the spare line of the tables. It may go on decoding, and its results are never read. So the host need not
 check every token. It checks every CHECK_EVERY tokens (every token on a CPU, which has nothing to wait for). Then the
-running rows move together, and free rows take waiting prompts. Memory is bounded by `rows`, whatever the number of
-prompts.
+running rows move together, and free rows take waiting prompts. The size of the KV cache depends on `rows`, not on the
+number of prompts. The tables have a line for every response.
 
 On a GPU, a step of the 0.5B model is some 1,500 kernels, each of which takes less time than its launch. So the step is
 recorded as a CUDA graph in a few shapes (`Recorder`), and replayed. torch.compile(mode="reduce-overhead") would fuse
 kernels besides. It is not used here because it compiles for minutes, keeps memory of its own between rollouts, and runs
-code that is not on this page. The step traces without a break, so `torch.compile` may be laid around it.
+code that is not on this page. The step has no graph break, so `torch.compile` can compile it.
 
 Shape letters: N rows in use, A responses, V vocabulary, D hidden.
 """
@@ -239,7 +239,7 @@ class Decoder:
                 self.step()
 
     def running_rows(self) -> list[int]:
-        """The rows whose response is not finished. The one place that waits for the device."""
+        """The rows whose response is not finished. During decoding, only this waits for the device."""
         if self.params.stop and self.placed:
             self._end_at_strings()
         responses = self.response[: len(self.placed)].tolist()
@@ -248,7 +248,7 @@ class Decoder:
         return running
 
     def refill(self, running: list[int]) -> bool:
-        """Give free rows to waiting prompts, or move the running rows together, if it is worth its time.
+        """Give free rows to waiting prompts, or move the running rows together, if that saves time.
 
         False: every response is finished.
         """
@@ -275,7 +275,7 @@ class Decoder:
         return entering
 
     def _is_sparse(self, running: list[int]) -> bool:
-        """Whether moving the running rows together makes steps smaller by a good part."""
+        """Whether steps become much smaller if the running rows move together."""
         if self.shape.width is None:
             return len(running) <= COMPACT * self.cache.n_rows
         return self._size(len(self._groups([self.placed[row] for row in running]))) < self.cache.n_groups
@@ -380,7 +380,7 @@ def prefill_prompts(model: Qwen2ForCausalLM, ids: list[list[int]]) -> tuple[Tens
 
 
 def stop_tail(stop: tuple[str, ...]) -> int:
-    """Most tokens of a stop string: a token is at least a byte. One more, for a token that it begins inside of."""
+    """Most tokens of a stop string, at one byte a token. One more, because it may begin inside of a token."""
     return max(len(s.encode()) for s in stop) + 1
 
 

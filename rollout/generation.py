@@ -50,8 +50,8 @@ def generate(
     Args:
         prompts: texts, or token ids that are used unchanged.
         seed: seed of the random numbers. The same seed gives the same responses.
-        max_rows: decode at most this many responses at a time, fewer if memory is short. It does not change them.
-            Other prompts wait until responses have ended.
+        max_rows: decode at most this many responses at a time, fewer if memory is short. Other prompts wait until
+            responses have ended. The responses do not depend on this number.
         graphs: record decode steps as CUDA graphs. None: only on a GPU. False: never.
         only: sample only for these prompts. Their responses are the same as in a call for all prompts. None: all.
         must_be_finite: False ends a response at logits that are not finite, with the finish reason "not_finite".
@@ -108,9 +108,9 @@ def check_room(ids: list[list[int]], new_tokens: int, context: int) -> None:
 
 
 def uniform_numbers(ids: list[list[int]], params: SamplingParams, seed: int, only: range | None = None) -> Tensor:
-    """Random numbers in [0, 1), [prompts * n, max_new_tokens]. A row's generator is seeded by (seed, prompt, sample).
+    """Random numbers in [0, 1), [prompts * n, max_new_tokens]. A row's seed: (seed, prompt, count, sample).
 
-    Equal prompts are counted, so their responses differ. `only`: rows of these prompts only."""
+    `count`: earlier equal prompts. So responses to equal prompts differ. `only`: rows of these prompts only."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
     for i, prompt in enumerate(ids):

@@ -5,11 +5,11 @@
 
 A turn ends when one of its sampled tokens completes a stop string. The row then *waits*: it leaves the decode batch,
 and its keys and values stay in the cache behind those of the running rows. Rows return together, once RETURN of the
-rows wait or no row runs. Their observations are encoded once and prefilled behind their own tokens, so no token is
-computed a second time. tests/plain_tools.py is the reference implementation.
+rows wait or no row runs. Their observations are encoded once and prefilled behind their own tokens, so tokens are not
+computed again (one is, if an observation is empty). tests/plain_tools.py is the reference implementation.
 
-The boundary between sampled and given tokens is that of the sampled token that completes the stop string. The token is
-kept whole, also if more text stands in it behind the stop string. The stop string must lie in the turn: text of an
+A turn ends with the sampled token that completes the stop string. Given tokens follow it. That token is kept whole,
+even if it has more text after the stop string. The stop string must lie in the turn: text of an
 observation never counts. Sampled ids are never decoded and encoded again.
 
 The uniform numbers of a response belong to its sampled tokens, so observations use none. A response does not depend on
@@ -49,7 +49,7 @@ class Environment:
 
     respond: (number of the prompt, text of the response so far) -> text of the environment, or None to end it.
     stop_strings: each of them ends a turn.
-    max_turns: observations of a response. One more call ends it, with the finish reason "length".
+    max_turns: observations of a response. One more call ends the response, with the finish reason "length".
     max_turn_tokens: sampled tokens of a turn. A longer turn ends the response in the same way. 0: no limit.
     """
 
@@ -100,7 +100,7 @@ def with_turns(completion: Completion, given: Spans, tokenizer: Tokenizer) -> Co
 
 
 class Call(NamedTuple):
-    """A response that waits: its tokens, and how many of them are in the cache."""
+    """A response that waits: its number of tokens, and how many of them are in the cache."""
 
     length: int
     cached: int
@@ -281,7 +281,7 @@ class ToolDecoder(Decoder):
         return ids if length + len(ids) < cap else None  # there must be room for a sampled token behind it
 
     def _write_down(self, row: int, response: int, call: Call, ids: list[int]) -> tuple[int, list[int]]:
-        """Put an observation into the tables. Returns the tokens that are not in the cache yet, and their place."""
+        """Put an observation into the tables. Returns the place and the ids of the tokens that are not cached yet."""
         start, end = call.length, call.length + len(ids)
         n_sampled = start - sum(b - a for a, b in self.given[response])
         rest = self.own_uniforms[response, n_sampled : n_sampled + self.params.max_new_tokens - end]

@@ -2,18 +2,18 @@
 
     loss = policy + beta * divergence - entropy_coef * entropy
 
-The first two are sums of weight * term over the step's tokens, with the weights of the loss type. The entropy is the
-mean over the step's tokens for every loss type, so a coefficient means the same for all of them.
+The first two are sums of weight * term over the step's tokens, with the weights of the loss type. If kl is "ot", the
+divergence is a mean over the step's responses. The entropy is the mean over the step's tokens for every loss type.
 
 The options are `LossOptions` (run/options.py). The terms are pure functions in losses.py. This file chooses them, gives
 them their inputs and adds them up.
 
 There are three policies. The *sampler* drew the tokens, and its log-probabilities are stored in the episodes. The
-*rollout policy* is the training code with the weights of that moment: the same policy up to rounding. The *reference*
-is the checkpoint that the run started from. In the first update after a rollout the rollout policy is the policy
-itself. Later updates get its scores as `MicroBatch.before`, computed before the first.
+*rollout policy* is the training code with the sampler's weights, so the two differ by rounding only. The
+*reference* is the checkpoint that the run started from. In the first update after a rollout the rollout policy is the
+policy itself. `MicroBatch.before` has its scores for later updates. They are computed before the first update.
 
-Shape letters: M response tokens of a micro-batch, D hidden, E episodes.
+Shape letters: M sampled tokens of a micro-batch, D hidden, E episodes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Divergence(NamedTuple):
 def divergence_terms(
     o: LossOptions, micro: MicroBatch, logp: Tensor, hidden: Tensor, ref_logp: Tensor | None
 ) -> Divergence:
-    """The divergence of a micro-batch from the reference. `ref_logp` None: from the rollout policy."""
+    """The divergence of a micro-batch from the reference. `ref_logp` None: the sampler (ot: the rollout policy)."""
     if o.kl == "ot":
         old = hidden.detach() if micro.before is None else _joined(_hidden_states(micro.before), hidden)
         cost_E = losses.transport_penalty(

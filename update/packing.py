@@ -1,6 +1,6 @@
 """The episodes of one optimizer step as flat rows: their token weights, and their cut into micro-batches.
 
-    step = Step(episodes, model.device, loss_type="dapo")
+    step = Step(episodes, model.device, loss_options)
     for micro in step.micro_batches(max_tokens=16384): ...
 
 Weights are computed once for the whole step, and micro-batches add up their parts. Their size changes memory,
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
 @dataclass
 class MicroBatch:
-    """Whole groups as flat rows: each prompt once, then its responses.
+    """Groups, or pieces of large groups, as flat rows: each prompt once, then its responses.
 
     The last token of a response predicts nothing and has no row.
     """
@@ -50,7 +50,7 @@ class MicroBatch:
     ids: Tensor  # [N]
     positions: Tensor  # [N]
     layout: Layout
-    predicting_rows: Tensor  # [M] the row before the token: its hidden state predicts the token
+    predicting_rows: Tensor  # [M] the row whose hidden state predicts the token
     targets: Tensor  # [M]
     old_logp: Tensor  # [M] the sampler's
     weights: Tensor  # [M] the token's share in the step's loss
@@ -76,7 +76,7 @@ class Step:
     """The episodes of one optimizer step.
 
     loss: gives the weights of the tokens. Episodes of advantage 0 are left out if they have no gradient (no divergence
-        and no entropy term). None: all episodes, to score them.
+        and no entropy term). None: all episodes with a sampled token.
     before: scores of each episode by the training code before the rollout's first update, for losses that need them.
     groups: ids of the groups that this process computes. None: all. The weights are those of the whole step.
     lockstep: make as many micro-batches as every other rank. The last ones are idle.
@@ -108,7 +108,7 @@ class Step:
         members = map(Member, range(len(episodes)), episodes, weights, mean_weights)
         # An episode with a NaN reward has advantage 0. With beta or an entropy term its tokens still count.
         trained = [m for m, k in zip(members, kept) if k and (everything or m.episode.advantage != 0)]
-        self.trains = bool(trained)  # some episode of the step, on any rank, has a gradient
+        self.trains = bool(trained)  # an episode of the whole step has a gradient
         self.trained = trained
         self.answer_weight = 1 / max(1, sum(kept))
         self.weights = weights  # of each episode, [T]
